@@ -1,0 +1,79 @@
+"""The `psoft-export` program: its commands, and the one place where errors become exit codes."""
+
+import os
+import sys
+import traceback
+from importlib.metadata import version
+from typing import Annotated
+
+import click
+import typer
+
+from psoft_export.cli import inspect, merge
+from psoft_export.cli.output import print_error
+from psoft_export.errors import PsoftExportError
+
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="psoft-export",
+    help="Take trained PSOFT adapters to deployment.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)
+app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("psoft-export"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Take trained PSOFT adapters to deployment.
+
+    Exit codes are listed in docs/exit-codes.md. Set PSOFT_EXPORT_DEBUG=1 to see tracebacks.
+    """
+
+
+def main() -> None:
+    """Run the program; ends the process with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    debug = bool(os.environ.get("PSOFT_EXPORT_DEBUG"))
+    try:
+        code = app(arguments, standalone_mode=False)
+    except PsoftExportError as error:
+        if debug:
+            traceback.print_exc()
+        print_error(str(error))
+        return error.exit_code
+    except click.ClickException as error:
+        print_error(error.format_message())
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print_error("interrupted; nothing was written")
+        return _INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        kind = type(error).__name__
+        print_error(f"internal error, {kind}: {error} (PSOFT_EXPORT_DEBUG=1 shows where)")
+        return PsoftExportError.exit_code
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""`psoft-export merge`: write the checkpoint in which an adapter is merged into its base."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from psoft_export.cli.options import (
+    AdapterOption,
+    BaseOption,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    TokenOption,
+)
+from psoft_export.cli.output import Output, size
+
+if TYPE_CHECKING:
+    from psoft_export import MergePlan, MergeReport
+
+EXAMPLES = """
+[bold]Examples[/]
+
+  psoft-export merge --base meta-llama/Llama-3.2-1B --adapter ./adapter --output ./merged
+
+  psoft-export merge --base ./base --adapter ./adapter --output ./merged --dtype bf16 --overwrite
+
+  psoft-export merge --base ./base --adapter me/adapter@v2 --output ./merged --dry-run
+"""
+
+
+def merge_command(
+    base: BaseOption,
+    adapter: AdapterOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="fp32, fp16 or bf16 for all floats; default: as stored."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option("--max-shard-size", help="Largest weight file, as 5GB; default: the base's."),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", help="Class names of a new classification head, comma-separated."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
+    ] = False,
+    token: TokenOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge a PSOFT adapter into its base checkpoint.
+
+    The output folder is complete (weights, config, tokenizer, psoft_export.json) and appears
+    only when every byte of it is on disk.
+    """
+    from psoft_export import merge, plan_merge
+
+    out = Output(quiet=quiet, as_json=as_json)
+    names = [name.strip() for name in labels.split(",")] if labels is not None else None
+    if dry_run:
+        plan = plan_merge(
+            base, adapter, dtype=dtype, max_shard_size=max_shard_size, labels=names, token=token
+        )
+        for warning in plan.warnings:
+            out.warn(warning)
+        out.result(plan.to_dict(), lambda console: _print_plan(console, plan))
+        return
+    with out.merge_progress() as progress:
+        report = merge(
+            base,
+            adapter,
+            output,
+            device=device,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            labels=names,
+            overwrite=overwrite,
+            token=token,
+            progress=progress,
+        )
+    for warning in report.manifest["warnings"]:
+        out.warn(warning)
+    out.result(report.to_dict(), lambda console: _print_report(console, report))
+
+
+def _print_plan(console: Console, plan: "MergePlan") -> None:
+    table = Table(box=None)
+    for column in ("target module", "checkpoint tensor"):
+        table.add_column(column, overflow="fold")
+    for column in ("shape", "rank", "bytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for target in plan.targets:
+        shape = " × ".join(map(str, target.spec.shape))
+        rank = str(plan.adapter.basis_options.rank)
+        table.add_row(target.module, target.spec.name, shape, rank, size(target.spec.nbytes))
+    console.print(table)
+    tensors = sum(len(shard.tensors) for shard in plan.shards)
+    console.print(
+        f"{len(plan.targets)} of {tensors} tensors merged into {plan.class_name}, "
+        f"{len(plan.shards)} weight file(s)"
+    )
+    for field, value in plan.config_changes.items():
+        console.print(f"config.json: {field} becomes {value}", markup=False)
+    console.print(
+        f"disk {size(plan.output_bytes)}, memory for tensors about {size(plan.working_bytes)} "
+        "(CPU; Python and its libraries not counted)"
+    )
+
+
+def _print_report(console: Console, report: "MergeReport") -> None:
+    modules = report.modules
+    deltas = sorted(module.relative_delta for module in modules)
+    svd, product = report.manifest["svd"], report.manifest["product"]
+    rows = {
+        "merged": f"{len(modules)} modules, rank {modules[0].rank}",
+        "‖ΔW‖/‖W‖": f"{deltas[0]:.3g} to {deltas[-1]:.3g}",
+        "largest rotation angle": f"{max(m.largest_angle for m in modules):.1f}°",
+        "orthogonality error": f"{max(m.orthogonality_error for m in modules):.1e}",
+        "rounding": f"{max(m.rounding_ulp for m in modules):.3f} ulp at most (0.5 is perfect)",
+        "basis": f"{svd['solver']} SVD in {svd['dtype']} on {svd['device']}; "
+        f"sum in {product['dtype']}",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print(f"written to {report.output}", markup=False, highlight=False)

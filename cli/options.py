@@ -1,0 +1,27 @@
+"""Options that several commands share, each named once."""
+
+from typing import Annotated
+
+import typer
+
+BaseOption = Annotated[
+    str,
+    typer.Option("--base", help="Base checkpoint: a folder or a Hub id, with @revision or not."),
+]
+AdapterOption = Annotated[
+    str,
+    typer.Option("--adapter", help="PSOFT adapter: a folder or a Hub id, with @revision or not."),
+]
+TokenOption = Annotated[
+    str | None,
+    typer.Option("--token", help="Hub token; by default HF_TOKEN, or the one of 'hf auth login'."),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto (CUDA when there is one), cpu, cuda or cuda:N.")
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
+]

@@ -1,0 +1,104 @@
+"""What commands print with: one object that knows about quiet, JSON and terminals."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from psoft_export import Progress as MergeProgress
+
+_PIPE_WIDTH = 200  # columns of a table that goes to a file or another program
+_PLAIN_LINES = 10  # progress lines of a whole run where there is no terminal
+
+
+class Output:
+    """Results go to stdout; warnings, progress and errors to stderr."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        """`quiet` drops results and progress; `as_json` prints results as one object."""
+        self._quiet = quiet
+        self._as_json = as_json
+        self._results = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+        self._messages = Console(stderr=True, soft_wrap=True)
+
+    def result(self, data: Mapping[str, Any], render: Callable[[Console], None]) -> None:
+        """Print the result: `data` as JSON, or what `render` draws."""
+        if self._as_json:
+            sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+        elif not self._quiet:
+            render(self._results)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self._messages.print(f"[yellow]warning:[/] {_escaped(text)}", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Print a line about what is happening."""
+        if not self._quiet:
+            self._messages.print(_escaped(text), highlight=False)
+
+    @contextmanager
+    def merge_progress(self) -> Iterator[Callable[["MergeProgress"], None] | None]:
+        """A callback that shows how far a merge is: a bar on a terminal, lines elsewhere."""
+        if self._quiet:
+            yield None
+        elif self._messages.is_terminal:
+            columns = (
+                TextColumn("merging"),
+                BarColumn(),
+                DownloadColumn(),
+                TextColumn("{task.fields[targets]}"),
+                TimeElapsedColumn(),
+            )
+            with Progress(*columns, console=self._messages, transient=True) as bar:
+                task = bar.add_task("merge", total=None, targets="")
+
+                def show(step: "MergeProgress") -> None:
+                    targets = f"{step.done_targets}/{step.total_targets} targets"
+                    bar.update(
+                        task, completed=step.done_bytes, total=step.total_bytes, targets=targets
+                    )
+
+                yield show
+        else:
+            yield self._line_printer()
+
+    def _line_printer(self) -> Callable[["MergeProgress"], None]:
+        printed = 0
+
+        def show(step: "MergeProgress") -> None:
+            nonlocal printed
+            share = _PLAIN_LINES * step.done_bytes // max(step.total_bytes, 1)
+            if share > printed:
+                printed = share
+                self.note(
+                    f"merging: {100 * step.done_bytes // step.total_bytes} %, "
+                    f"{step.done_targets} of {step.total_targets} targets"
+                )
+
+        return show
+
+
+def print_error(text: str) -> None:
+    """Print an error as one line on stderr."""
+    console = Console(stderr=True, soft_wrap=True)
+    line = " ".join(text.split())
+    console.print(f"[bold red]error:[/] {_escaped(line)}", highlight=False)
+
+
+def size(nbytes: float) -> str:
+    """A number of bytes for people: 7.1 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

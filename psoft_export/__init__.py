@@ -1,0 +1,63 @@
+"""Take trained PSOFT adapters to deployment.
+
+The two calls most people need:
+
+    >>> import psoft_export
+    >>> psoft_export.merge(base="base", adapter="adapter", output="merged")
+    >>> psoft_export.load_adapter("adapter")
+
+Names are imported on first use: `import psoft_export` alone does not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psoft_export.adapters.psoft import Adapter, load_adapter
+    from psoft_export.errors import PsoftExportError
+    from psoft_export.inspection import AdapterSummary, LayerSummary, inspect
+    from psoft_export.manifest import MergeReport, ModuleReport
+    from psoft_export.merging import Progress, merge, plan_merge
+    from psoft_export.plan import MergePlan
+
+__all__ = [
+    "Adapter",
+    "AdapterSummary",
+    "LayerSummary",
+    "MergePlan",
+    "MergeReport",
+    "ModuleReport",
+    "Progress",
+    "PsoftExportError",
+    "inspect",
+    "load_adapter",
+    "merge",
+    "plan_merge",
+]
+
+_HOMES = {
+    "Adapter": "adapters.psoft",
+    "AdapterSummary": "inspection",
+    "LayerSummary": "inspection",
+    "MergePlan": "plan",
+    "MergeReport": "manifest",
+    "ModuleReport": "manifest",
+    "Progress": "merging",
+    "PsoftExportError": "errors",
+    "inspect": "inspection",
+    "load_adapter": "adapters.psoft",
+    "merge": "merging",
+    "plan_merge": "merging",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'psoft_export' has no attribute '{name}'")
+    value = getattr(import_module(f"psoft_export.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Reading adapter folders: from files to an `Adapter`, checked and in the stored dtypes."""

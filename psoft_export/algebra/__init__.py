@@ -1,0 +1,1 @@
+"""Functions from tensors to tensors: rotations, merged weights, rounding. No files, no models."""

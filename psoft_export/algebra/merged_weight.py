@@ -1,0 +1,118 @@
+"""The merged weight W + scaling · B (R − I) A, each entry rounded once to the output dtype.
+
+Works in row blocks, so that memory beyond W stays small whatever its size.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from psoft_export.algebra.rounding import round_to_nearest, unit_in_last_place
+
+_BLOCK_BYTES = 8 * 2**20  # float64 bytes of one row block; small enough for the CPU's caches
+
+
+@dataclass
+class MergeFigures:
+    """What one merge did, summed up over its row blocks.
+
+    Norms are Frobenius norms. `rounding_ulp` is the largest distance between a merged entry and
+    the exact W + ΔW in units of the last place of the output dtype (0.5 is perfect).
+    """
+
+    delta_norm: float = 0.0
+    weight_norm: float = 0.0
+    rounding_norm: float = 0.0
+    rounding_ulp: float = 0.0
+    finite: bool = True
+    _squares: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0], repr=False)
+
+    @property
+    def relative_delta(self) -> float:
+        """‖ΔW‖ / ‖W‖."""
+        return self.delta_norm / self.weight_norm if self.weight_norm else 0.0
+
+    @property
+    def relative_rounding(self) -> float:
+        """‖merged − exact‖ / ‖W‖."""
+        return self.rounding_norm / self.weight_norm if self.weight_norm else 0.0
+
+    def add_block(self, weight: Tensor, delta: Tensor, exact: Tensor, merged: Tensor) -> None:
+        """Account for one row block; all but `merged` are float64."""
+        error = merged.double() - exact
+        ulp = unit_in_last_place(exact, merged.dtype)
+        for index, part in enumerate((delta, weight, error)):
+            self._squares[index] += float(part.square().sum())
+        self.delta_norm, self.weight_norm, self.rounding_norm = map(math.sqrt, self._squares)
+        self.rounding_ulp = max(self.rounding_ulp, float((error.abs() / ulp).max()))
+        self.finite = self.finite and bool(torch.isfinite(merged).all())
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of the large product on `device`: float64 where the hardware is fast at it.
+
+    Data-centre GPUs (compute capability x.0) run float64 at half the float32 rate; other cards
+    at 1/32 or 1/64 of it, so there the product is taken in float32.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[1] != 0:
+        return torch.float32
+    return torch.float64
+
+
+def product_error_bound(rank: int, dtype: torch.dtype) -> float:
+    """Bound of |computed − exact| of an entry of ΔW, relative to (|B (R − I)| |A|)ᵢⱼ · scaling.
+
+    The usual γ_r = r·u / (1 − r·u) of a dot product of length r (Higham, Accuracy and Stability
+    of Numerical Algorithms, section 3.1), plus one rounding of the left factor.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    return (rank + 1) * unit / (1 - (rank + 1) * unit)
+
+
+def low_rank_factors(
+    basis_a: Tensor, basis_b: Tensor, rotation: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """ΔW = left @ right with left = scaling · B (R − I) (out × r) and right = A (r × in).
+
+    Both float64, on the basis's device.
+
+    Args:
+        basis_a: A, r × in. basis_b: B, out × r. Any floating dtype, same device.
+        rotation: R, r × r, float64.
+        scaling: alpha / r.
+    """
+    rotation = rotation.to(basis_b.device)
+    identity = torch.eye(rotation.shape[0], dtype=torch.float64, device=rotation.device)
+    return scaling * (basis_b.double() @ (rotation - identity)), basis_a.double()
+
+
+def merged_blocks(
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    dtype: torch.dtype,
+    figures: MergeFigures,
+) -> Iterator[Tensor]:
+    """Yield the merged weight in consecutive row blocks, in the output dtype, on the CPU.
+
+    Each entry is the float64 sum of W and left @ right, rounded once to nearest.
+
+    Args:
+        weight: W (out × in), floating, on the device to compute on.
+        left: out × r and right: r × in, float64, same device; see `low_rank_factors`.
+        dtype: output dtype: float32, float16 or bfloat16.
+        figures: filled in as blocks are made.
+    """
+    compute = product_dtype(weight.device)
+    left, right = left.to(compute), right.to(compute)
+    rows = max(1, _BLOCK_BYTES // (8 * weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        block = weight[start : start + rows].double()
+        delta = (left[start : start + rows] @ right).double()
+        exact = block + delta
+        merged = round_to_nearest(exact, dtype)
+        figures.add_block(block, delta, exact, merged)
+        yield merged.cpu()

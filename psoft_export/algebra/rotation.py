@@ -1,0 +1,150 @@
+"""The r × r algebra of PSOFT: from stored parameters to the rotation R, and what R does.
+
+Letters as in the paper (arXiv 2505.11235v2, section 4): Q is the skew-symmetric generator,
+C = Cayley(Q) its rotation, R = diag(vector_b) · C · diag(vector_a). All in float64 on the CPU:
+r is at most a few hundred, and the rest of the merge can only be as exact as R.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CayleyNeumann:
+    """The truncated series that stands in for the Cayley transform, as PEFT computes it.
+
+    `terms` is PEFT's `num_cayley_neumann_terms`; `max_norm` its `cayley_neumann_eps`, a bound on
+    ‖Q‖_F above which Q is scaled down, or None.
+    """
+
+    terms: int
+    max_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class RotationParameters:
+    """What an adapter stores for one module.
+
+    `weight` is either the r(r−1)/2 entries of Q above the diagonal, in
+    `torch.triu_indices(r, r, 1)` order (`orthogonal` true), or the r × r matrix itself
+    (`orthogonal` false). `vector_a` (input side) and `vector_b` (output side) are r entries
+    each, or None. `series` is None for the exact Cayley transform. Stored dtypes are kept.
+    """
+
+    rank: int
+    weight: Tensor
+    vector_a: Tensor | None = None
+    vector_b: Tensor | None = None
+    orthogonal: bool = True
+    series: CayleyNeumann | None = None
+
+
+def generator_size(rank: int) -> int:
+    """Number of free entries of an r × r skew-symmetric matrix: r(r−1)/2."""
+    return rank * (rank - 1) // 2
+
+
+def skew_symmetric(entries: Tensor, rank: int) -> Tensor:
+    """Q (r × r, float64) from its entries above the diagonal: Q = upper − upperᵀ.
+
+    Args:
+        entries: r(r−1)/2 numbers in `torch.triu_indices(r, r, 1)` order, any floating dtype.
+        rank: r.
+    """
+    upper = torch.zeros(rank, rank, dtype=torch.float64)
+    rows, columns = torch.triu_indices(rank, rank, 1)
+    upper[rows, columns] = entries.to("cpu", torch.float64)
+    return upper - upper.T
+
+
+def cayley(generator: Tensor) -> Tensor:
+    """Cayley(Q) = (I + Q)(I − Q)⁻¹, orthogonal for skew-symmetric Q (paper, equation 6).
+
+    I − Q is never singular: the eigenvalues of Q are purely imaginary.
+    """
+    identity = torch.eye(generator.shape[0], dtype=generator.dtype)
+    return torch.linalg.solve(identity - generator, identity + generator, left=False)
+
+
+def cayley_neumann(generator: Tensor, series: CayleyNeumann) -> Tensor:
+    """The truncated Cayley–Neumann series of Q, term for term the one PEFT sums.
+
+    PEFT 0.21 (`peft/tuners/psoft/layer.py`, `OrthLayer.get_matrix`) gives for t terms
+
+        t ≤ 1: I      t = 2: I + 2Q      t ≥ 3: I + 2Q + 2Q² + 2 Σ_{k=3..t−2} Q^k + Q^(max(t,4)−1)
+
+    so 3 and 4 terms mean the same series, and the last power has weight one, not two.
+    With `series.max_norm` Q is first scaled down to that Frobenius norm.
+    """
+    terms, bound = series.terms, series.max_norm
+    if bound is not None:
+        norm = torch.linalg.matrix_norm(generator)
+        if norm > bound:
+            # 1e-12 as in PEFT: without it the result differs in the last digits.
+            generator = generator * (bound / (norm + 1e-12))
+    result = torch.eye(generator.shape[0], dtype=generator.dtype)
+    if terms <= 1:
+        return result
+    result += 2 * generator
+    if terms == 2:
+        return result
+    power = generator @ generator
+    result += 2 * power
+    for _ in range(3, terms - 1):
+        power = power @ generator
+        result += 2 * power
+    return result + power @ generator
+
+
+def core_rotation(parameters: RotationParameters) -> Tensor:
+    """C (r × r, float64): the rotation before the scaling vectors, or the free matrix."""
+    if not parameters.orthogonal:
+        return parameters.weight.to("cpu", torch.float64)
+    generator = skew_symmetric(parameters.weight, parameters.rank)
+    if parameters.series is None:
+        return cayley(generator)
+    return cayley_neumann(generator, parameters.series)
+
+
+def rotation(parameters: RotationParameters) -> Tensor:
+    """R = diag(vector_b) · C · diag(vector_a) (r × r, float64, CPU)."""
+    matrix = core_rotation(parameters)
+    if parameters.vector_b is not None:
+        matrix = parameters.vector_b.to("cpu", torch.float64)[:, None] * matrix
+    if parameters.vector_a is not None:
+        matrix = matrix * parameters.vector_a.to("cpu", torch.float64)[None, :]
+    return matrix
+
+
+def orthogonality_error(matrix: Tensor) -> float:
+    """‖MᵀM − I‖_F of an r × r matrix: zero to rounding for a rotation."""
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    return float(torch.linalg.matrix_norm(matrix.T @ matrix - identity))
+
+
+def rotation_angles(parameters: RotationParameters) -> Tensor:
+    """The r rotation angles of C in radians, in [0, π], descending (each plane counts twice).
+
+    For a generator with eigenvalues ±iλ the Cayley transform turns its planes by 2·atan(λ). The
+    truncated series is a normal matrix, so the angles are those of its eigenvalues. A free
+    matrix is first reduced to its orthogonal polar factor.
+    """
+    if parameters.orthogonal and parameters.series is None:
+        generator = skew_symmetric(parameters.weight, parameters.rank)
+        angles = 2 * torch.linalg.eigvalsh(1j * generator).abs().atan()
+    else:
+        matrix = core_rotation(parameters)
+        if not parameters.orthogonal:
+            left, _, right = torch.linalg.svd(matrix)
+            matrix = left @ right
+        angles = torch.linalg.eigvals(matrix).angle().abs()
+    return angles.sort(descending=True).values
+
+
+def vector_deviation(vector: Tensor | None) -> float:
+    """max |vᵢ − 1| of a scaling vector; zero when the adapter has none."""
+    if vector is None:
+        return 0.0
+    return float((vector.to(torch.float64) - 1).abs().max())

@@ -1,0 +1,89 @@
+"""Two small helpers that let reading, computing and writing overlap, a bounded number ahead."""
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+_END = object()
+_POLL_SECONDS = 0.1
+
+
+def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+    """Iterate over `items` in another thread, at most `depth` of them ahead.
+
+    An error there is raised here, at its place in the sequence. Leaving the loop early stops the
+    thread before the next item.
+    """
+    results: queue.Queue[object] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: object) -> bool:
+        while not stop.is_set():
+            try:
+                results.put(item, timeout=_POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put(_END)
+        except BaseException as error:
+            put((None, error))
+        finally:
+            if isinstance(items, Generator):
+                items.close()  # runs its clean-up here, in the thread that ran it
+
+    thread = threading.Thread(target=work, name="psoft-read", daemon=True)
+    thread.start()
+    try:
+        while (result := results.get()) is not _END:
+            item, error = result  # type: ignore[misc]
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+class WriteBehind(AbstractContextManager["WriteBehind[T]"], Generic[T]):
+    """Calls `consume` for each item in another thread, at most `depth` items behind.
+
+    An error there is raised by the next `put`, or at the end of the `with` block.
+    """
+
+    def __init__(self, consume: Callable[[T], None], depth: int) -> None:
+        """Start the thread."""
+        self._consume = consume
+        self._items: queue.Queue[object] = queue.Queue(depth)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="psoft-write", daemon=True)
+        self._thread.start()
+
+    def put(self, item: T) -> None:
+        """Hand over one item; waits while `depth` are outstanding."""
+        if self._error is not None:
+            raise self._error
+        self._items.put(item)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._items.put(_END)
+        self._thread.join()
+        if kind is None and self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (item := self._items.get()) is not _END:
+            if self._error is None:
+                try:
+                    self._consume(item)  # type: ignore[arg-type]
+                except BaseException as error:
+                    self._error = error

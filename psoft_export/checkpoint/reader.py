@@ -1,0 +1,260 @@
+"""A base checkpoint, read lazily: what tensors it has, and their bytes piece by piece."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
+from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header
+from psoft_export.checkpoint.source import member
+from psoft_export.errors import CheckpointError, PsoftExportError
+
+SAFETENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+INDEX = ".index.json"
+CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a checkpoint. `tensors` holds a pickle file's (memory-mapped) tensors."""
+
+    path: Path
+    entries: tuple[TensorEntry, ...]
+    metadata: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name in its folder."""
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weight files of a folder, in the order of their names."""
+
+    folder: Path
+    files: tuple[WeightFile, ...]
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]:
+        """Every tensor by its name."""
+        return {entry.name: entry for file in self.files for entry in file.entries}
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether the weights are described by an index (sharded) rather than one file."""
+        return any(
+            (self.folder / (name + INDEX)).exists() and not (self.folder / name).exists()
+            for name in (SAFETENSORS, PICKLE)
+        )
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    """Of a repository's file names, those that hold its weights, as transformers chooses them.
+
+    safetensors before pickle, one file before a sharded one. Only top-level names count.
+    """
+    present = {name for name in names if "/" not in name}
+    for whole, suffix in ((SAFETENSORS, ".safetensors"), (PICKLE, ".bin")):
+        if whole in present:
+            return [whole]
+        if whole + INDEX in present:
+            stem = whole.removesuffix(suffix)
+            shards = (n for n in present if n.startswith(f"{stem}-") and n.endswith(suffix))
+            return [whole + INDEX, *sorted(shards)]
+    return []
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of a checkpoint folder; no weights are read yet.
+
+    safetensors files, single or with an index, or PyTorch pickle files through
+    `torch.load(weights_only=True)`.
+
+    Raises:
+        CheckpointError: nothing to read, or a file is missing, damaged or outside the folder.
+    """
+    for whole, opener in ((SAFETENSORS, _open_safetensors), (PICKLE, _open_pickle)):
+        if (folder / whole).exists():
+            return Checkpoint(folder, (opener(folder / whole, None),))
+        index = folder / (whole + INDEX)
+        if index.exists():
+            shards = _read_index(index)
+            files = tuple(opener(path, shards[path]) for path in sorted(shards))
+            _check_unique(files)
+            return Checkpoint(folder, files)
+    raise CheckpointError(
+        f"{folder}: no weights ({SAFETENSORS}, {PICKLE}, or either with '{INDEX}')"
+    )
+
+
+def load_pickle(path: Path, error: type[PsoftExportError]) -> dict[str, Tensor]:
+    """The tensors of a PyTorch file, without running code from it, memory-mapped if possible.
+
+    Raises:
+        PsoftExportError: of the class `error`: unreadable, holds other things than tensors, or
+            would need code from the file to be run.
+    """
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as cause:
+            if "mmap" not in str(cause):
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6
+    except UnpicklingError as cause:
+        raise error(
+            f"{path}: holds more than plain tensors, and loading it could run code; "
+            "convert it to safetensors where you trust it"
+        ) from cause
+    except (OSError, RuntimeError, EOFError, ValueError) as cause:
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise error(f"{path}: not a readable PyTorch file ({reason})") from cause
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise error(f"{path}: not a flat mapping of names to tensors")
+    return state
+
+
+class FileReader:
+    """Reads byte ranges of one weight file and hashes the file on the way.
+
+    Reads in the file's own order feed the hash as they pass; whatever they left out is read when
+    the digest is asked for. Use as a context manager.
+    """
+
+    def __init__(self, file: WeightFile) -> None:
+        """Open the file and read what stands before its first tensor."""
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+        try:
+            self._handle = file.path.open("rb", buffering=0)
+        except OSError as cause:
+            raise CheckpointError(f"{file.path}: cannot be read ({cause.strerror})") from cause
+        header_bytes = max(0, min((entry.offset for entry in file.entries), default=0))
+        self._read_into(memoryview(bytearray(header_bytes)), 0)
+
+    def __enter__(self) -> "FileReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.close()
+
+    def read(self, entry: TensorEntry, start: int = 0, nbytes: int | None = None) -> Tensor:
+        """Bytes `start` to `start + nbytes` of a tensor, as a uint8 tensor of its own.
+
+        Raises:
+            CheckpointError: the file ends before the tensor does.
+        """
+        nbytes = entry.nbytes - start if nbytes is None else nbytes
+        if self._file.tensors is not None:
+            flat = self._file.tensors[entry.name].detach().contiguous().reshape(-1)
+            return flat.view(torch.uint8)[start : start + nbytes].clone()
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        self._read_into(memoryview(data.numpy()), entry.offset + start)
+        return data
+
+    def chunks(self, entry: TensorEntry) -> Iterator[Tensor]:
+        """A tensor's bytes in order, a bounded number at a time (a multiple of 8)."""
+        for start in range(0, entry.nbytes, CHUNK_BYTES):
+            yield self.read(entry, start, min(CHUNK_BYTES, entry.nbytes - start))
+
+    def sha256(self) -> str:
+        """The SHA-256 of the whole file, in hexadecimal."""
+        size = self._file.path.stat().st_size
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(size, 1))))
+        while self._hashed < size:
+            self._read_into(buffer[: min(len(buffer), size - self._hashed)], self._hashed)
+        return self._hash.hexdigest()
+
+    def _read_into(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._handle.fileno(), [buffer[done:]], offset + done)
+            except OSError as cause:
+                raise CheckpointError(
+                    f"{self._file.path}: cannot be read ({cause.strerror})"
+                ) from cause
+            if not count:
+                raise CheckpointError(f"{self._file.path}: ends early; copy or download it again")
+            done += count
+        if offset <= self._hashed < offset + len(buffer):
+            self._hash.update(buffer[self._hashed - offset :])
+            self._hashed = offset + len(buffer)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def typed(data: Tensor, dtype: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    """uint8 bytes seen as `dtype` (a safetensors code), in `shape` (flat by default)."""
+    values = data.view(TORCH_DTYPES[dtype])
+    return values if shape is None else values.reshape(shape)
+
+
+def raw(values: Tensor) -> Tensor:
+    """The bytes of a tensor, as a flat uint8 tensor."""
+    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _open_safetensors(path: Path, expected: set[str] | None) -> WeightFile:
+    entries, metadata, _ = read_header(path)
+    _check_names(path, {entry.name for entry in entries}, expected)
+    return WeightFile(path, tuple(entries), metadata)
+
+
+def _open_pickle(path: Path, expected: set[str] | None) -> WeightFile:
+    tensors = load_pickle(path, CheckpointError)
+    _check_names(path, set(tensors), expected)
+    entries = []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in CODES or tensor.layout != torch.strided:
+            raise CheckpointError(f"{path}: tensor '{name}' has unknown dtype {tensor.dtype}")
+        code = CODES[tensor.dtype]
+        entries.append(TensorEntry(name, code, tuple(tensor.shape), path, -1, tensor.nbytes))
+    return WeightFile(path, tuple(entries), {}, tensors)
+
+
+def _check_names(path: Path, found: set[str], expected: set[str] | None) -> None:
+    if expected is not None and (missing := sorted(expected - found)):
+        raise CheckpointError(f"{path}: lacks tensor '{missing[0]}', which the index places in it")
+
+
+def _check_unique(files: tuple[WeightFile, ...]) -> None:
+    home: dict[str, Path] = {}
+    for file in files:
+        for entry in file.entries:
+            if entry.name in home:
+                first = home[entry.name].name
+                raise CheckpointError(f"{file.path}: tensor '{entry.name}' is also in {first}")
+            home[entry.name] = file.path
+
+
+def _read_index(path: Path) -> dict[Path, set[str]]:
+    """Shard paths of an index, each with the names of its tensors."""
+    try:
+        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
+        pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise CheckpointError(f"{path}: not a readable weight index; download it again") from cause
+    shards: dict[Path, set[str]] = {}
+    for name, shard in pairs:
+        shard_path = member(path.parent, shard, path.name, CheckpointError)
+        shards.setdefault(shard_path, set()).add(name)
+    for shard_path in shards:
+        if not shard_path.exists():
+            raise CheckpointError(f"{path}: names the shard '{shard_path.name}', which is missing")
+    return shards

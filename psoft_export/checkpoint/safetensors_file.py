@@ -1,0 +1,64 @@
+"""One safetensors file, read by byte range: 8 bytes of header length, a JSON header, the bytes.
+
+Plain reads instead of a memory map, so that what a merge holds in memory is what it asked for.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from psoft_export.errors import CheckpointError, PsoftExportError
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a checkpoint: its name, dtype code, shape, and where its bytes are.
+
+    `offset` counts from the start of `file`; it is −1 for tensors of a PyTorch pickle file,
+    which have no plain place in it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def read_header(
+    path: Path, error: type[PsoftExportError] = CheckpointError
+) -> tuple[list[TensorEntry], dict[str, str], int]:
+    """The tensors of a safetensors file in the order of their bytes.
+
+    Returns:
+        The entries, the file's metadata, and the size of the header in bytes.
+
+    Raises:
+        PsoftExportError: of the class `error`: the file cannot be read or is damaged.
+    """
+    try:
+        # The library checks what a header can get wrong: sizes, overlaps, holes, truncation.
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except FileNotFoundError as cause:
+        raise error(f"{path}: no such file") from cause
+    except (SafetensorError, OSError, ValueError) as cause:
+        reason = str(cause).splitlines()[0]
+        raise error(
+            f"{path}: not a readable safetensors file ({reason}); copy or download it again"
+        ) from cause
+    metadata = header.pop("__metadata__", {})
+    start = 8 + length
+    entries = []
+    for name, info in header.items():
+        begin, end = info["data_offsets"]
+        shape = tuple(info["shape"])
+        entries.append(TensorEntry(name, info["dtype"], shape, path, start + begin, end - begin))
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    return entries, metadata, start

@@ -1,0 +1,128 @@
+"""Where a base or an adapter is: a local folder, or a Hub repository at a commit."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from psoft_export.errors import HubError, PsoftExportError, UsageError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder on disk and what to call it in reports.
+
+    `name` is the folder's own name for a local folder (never its path, which would publish the
+    layout of a machine) and the repository id for a Hub one; `commit` is the Hub commit, or None.
+    """
+
+    folder: Path
+    name: str
+    commit: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """`local` or `hub`."""
+        return "local" if self.commit is None else "hub"
+
+
+def resolve(
+    reference: str | Path,
+    choose_files: Callable[[Iterable[str]], list[str]],
+    *,
+    token: str | None = None,
+) -> Source:
+    """The folder behind a local path or a Hub id with an optional `@revision`.
+
+    From the Hub only the files that `choose_files` picks from the repository's list are fetched,
+    into the Hub cache, at one commit.
+
+    Args:
+        reference: a folder, `owner/name` or `owner/name@revision`.
+        choose_files: from all file names of a repository, those to fetch.
+        token: a Hub token; by default the one that `hf auth login` stored.
+
+    Raises:
+        UsageError: neither a folder nor a possible Hub id.
+        HubError: the repository cannot be had.
+    """
+    text = str(reference)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return Source(folder, folder.resolve().name)
+    repo_id, _, revision = text.partition("@")
+    if not _HUB_ID.fullmatch(repo_id) or isinstance(reference, Path):
+        raise UsageError(f"{text}: no such folder, and not a Hub id (owner/name[@revision])")
+    try:
+        info = HfApi(token=token).model_info(repo_id, revision=revision or None)
+        files = choose_files([sibling.rfilename for sibling in info.siblings or []])
+        snapshot = snapshot_download(
+            repo_id,
+            revision=info.sha,
+            allow_patterns=[_literal(name) for name in files],
+            token=token,
+        )
+    except Exception as cause:
+        raise _hub_error(text, cause) from cause
+    return Source(Path(snapshot), repo_id, info.sha)
+
+
+def member(folder: Path, name: str, origin: str, error: type[PsoftExportError]) -> Path:
+    """The path of a file that another file names, which must lie inside the folder.
+
+    Args:
+        folder: the folder of both files.
+        name: the file's name as written in `origin`.
+        origin: the name of the file that it was written in, for the message.
+        error: class of the error to raise.
+
+    Raises:
+        PsoftExportError: of the class `error`: the name is absolute or leads outside.
+    """
+    path = PurePosixPath(name)
+    outside = path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts
+    if outside:
+        raise error(f"{folder / origin}: names '{name}', a path outside its folder; refused")
+    return folder.joinpath(*path.parts)
+
+
+def _literal(name: str) -> str:
+    """A file name as an `allow_patterns` entry that matches nothing else."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _hub_error(reference: str, cause: Exception) -> PsoftExportError:
+    """One line for what went wrong with the Hub, without the request's headers."""
+    if isinstance(cause, GatedRepoError):
+        why = "access is gated; accept its terms on the Hub and log in with 'hf auth login'"
+    elif isinstance(cause, RevisionNotFoundError):
+        why = "the repository has no such revision"
+    elif isinstance(cause, RepositoryNotFoundError):
+        why = (
+            "no such folder here, and no such Hub repository (or a private one); "
+            "check the name, or log in with 'hf auth login'"
+        )
+    elif isinstance(cause, HFValidationError):
+        why = "no such folder, and not a valid Hub id (owner/name[@revision])"
+    elif isinstance(cause, HfHubHTTPError) and cause.response is not None:
+        why = f"the Hub answered {cause.response.status_code}; try again later"
+    elif isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)) or (
+        type(cause).__module__.partition(".")[0].startswith("http")
+    ):
+        why = "no such folder here, and the Hub cannot be reached; check the path or the network"
+    else:
+        raise cause
+    return HubError(f"{reference}: {why}")

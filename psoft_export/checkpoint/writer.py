@@ -1,0 +1,97 @@
+"""Writing one safetensors file as a stream: the header first, then each tensor's bytes in order."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from psoft_export.checkpoint.dtypes import TORCH_DTYPES
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: name, dtype code and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its data in bytes."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count * TORCH_DTYPES[self.dtype].itemsize
+
+
+def aligned_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The order in which tensors are laid out: wide dtypes first, otherwise as given.
+
+    So every tensor starts at a multiple of its item size, as readers that map the file expect.
+    """
+    return sorted(specs, key=lambda spec: -TORCH_DTYPES[spec.dtype].itemsize)
+
+
+def header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """The length and JSON header of a file that holds `specs` one after the other."""
+    fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for spec in specs:
+        end = offset + spec.nbytes
+        fields[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class ShardWriter:
+    """Writes one file; the tensors must come in the order of `specs`, each in full."""
+
+    def __init__(
+        self, path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str]
+    ) -> None:
+        """Create the file and write its header."""
+        start = header(specs := list(specs), metadata)
+        self.path = path
+        self._expected = len(start) + sum(spec.nbytes for spec in specs)
+        self._written = 0
+        self._handle = path.open("xb", buffering=0)
+        self._write(memoryview(start))
+
+    def append(self, data: Tensor) -> None:
+        """Write the next bytes (a flat uint8 tensor on the CPU)."""
+        self._write(memoryview(data.numpy()))
+
+    def close(self) -> None:
+        """Flush the file to disk.
+
+        Raises:
+            RuntimeError: not every byte that the header announces was written.
+        """
+        try:
+            if self._written != self._expected:
+                raise RuntimeError(
+                    f"{self.path}: wrote {self._written} of {self._expected} bytes; a bug"
+                )
+            os.fsync(self._handle.fileno())
+        finally:
+            self._handle.close()
+
+    def abandon(self) -> None:
+        """Close the file, whatever state it is in."""
+        self._handle.close()
+
+    def _write(self, data: memoryview) -> None:
+        while data:
+            count = self._handle.write(data)
+            self._written += count
+            data = data[count:]

@@ -1,0 +1,32 @@
+"""Choosing the device that computes."""
+
+from typing import Literal
+
+import torch
+
+from psoft_export.errors import UsageError
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device behind `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UsageError: an unknown name, or CUDA where there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UsageError(f"device '{name}' is not one of auto, cpu, cuda, cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device '{name}': torch {torch.__version__} sees no such GPU; use cpu")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as reports name it: `cpu`, or `cuda` with the card's name."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return device.type

@@ -1,0 +1,97 @@
+"""What a merge did, as data: the report it returns and the `psoft_export.json` it writes."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from psoft_export.checkpoint.source import Source
+
+FILENAME = "psoft_export.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What the merge of one module did.
+
+    Attributes:
+        module: module path, as the adapter names it.
+        tensor: name of the checkpoint tensor.
+        shape: out × in.
+        rank: r.
+        relative_delta: ‖ΔW‖ / ‖W‖, Frobenius.
+        largest_angle: largest rotation angle, in degrees.
+        orthogonality_error: ‖CᵀC − I‖_F of the rotation before its scaling vectors.
+        rounding_ulp: largest distance of a merged entry from the exact sum, in units of the
+            last place of the output dtype; 0.5 is perfect.
+        rounding_relative: ‖merged − exact‖ / ‖W‖, Frobenius.
+    """
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    rank: int
+    relative_delta: float
+    largest_angle: float
+    orthogonality_error: float
+    rounding_ulp: float
+    rounding_relative: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The outcome of a merge: where it is, and all that `psoft_export.json` says."""
+
+    output: Path
+    modules: tuple[ModuleReport, ...]
+    manifest: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as one JSON-ready object."""
+        return {"output": str(self.output), **self.manifest}
+
+
+def source_record(source: Source, sha256: Mapping[str, str]) -> dict[str, Any]:
+    """A base or adapter as the manifest names it."""
+    return {
+        "kind": source.kind,
+        "name": source.name,
+        "revision": source.commit,
+        "sha256": dict(sorted(sha256.items())),
+    }
+
+
+def manifest(
+    *,
+    base: Mapping[str, Any],
+    adapter: Mapping[str, Any],
+    class_name: str,
+    options: Mapping[str, Any],
+    svd: Mapping[str, Any],
+    product: Mapping[str, Any],
+    modules: tuple[ModuleReport, ...],
+    warnings: tuple[str, ...],
+) -> dict[str, Any]:
+    """The content of `psoft_export.json`. Holds no time and no path, so runs compare equal."""
+    return {
+        "format": "psoft-export",
+        "format_version": FORMAT_VERSION,
+        "tool": {
+            "psoft_export": importlib.metadata.version("psoft-export"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "base": dict(base),
+        "adapter": dict(adapter),
+        "model_class": class_name,
+        "options": dict(options),
+        "svd": dict(svd),
+        "product": dict(product),
+        "modules": [asdict(module) for module in modules],
+        "warnings": list(warnings),
+    }

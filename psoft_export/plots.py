@@ -1,0 +1,73 @@
+"""Pictures of an adapter, for reports. Needs matplotlib (the `plot` extra)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from psoft_export.errors import MissingExtraError, OutputError
+from psoft_export.inspection import AdapterSummary, LayerSummary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PANEL_INCHES = (3.4, 2.7)
+_COLUMNS = 4
+
+
+def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
+    """Draw the rotation-angle spectrum of every layer, one panel a module type.
+
+    Each line is one layer's r angles in descending order; its colour is the layer's number.
+
+    Args:
+        summary: what `psoft_export.inspect` returned.
+        file: picture to write; its suffix chooses the format (png, svg, pdf).
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written, or its suffix is unknown.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+        from matplotlib.figure import Figure
+    except ImportError as cause:
+        raise MissingExtraError(
+            "--plot needs matplotlib: pip install 'psoft-export[plot]'"
+        ) from cause
+    groups: dict[str, list[LayerSummary]] = {}
+    for layer in summary.layers:
+        groups.setdefault(layer.kind, []).append(layer)
+    columns = min(_COLUMNS, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure(
+        figsize=(_PANEL_INCHES[0] * columns + 0.8, _PANEL_INCHES[1] * rows + 0.8),
+        layout="constrained",
+    )
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    last = max((layer.layer or 0 for layer in summary.layers), default=0)
+    colours = ScalarMappable(Normalize(0, max(last, 1)), "viridis")
+    for panel, (kind, layers) in zip(panels.flat, groups.items(), strict=False):
+        _draw_panel(panel, kind, layers, colours)
+    for panel in panels.flat[len(groups) :]:
+        panel.set_axis_off()
+    figure.supxlabel("direction in the principal subspace, sorted by angle")
+    figure.supylabel("rotation angle (degrees)")
+    figure.suptitle(f"{summary.name}: {summary.method}, r = {summary.rank}")
+    if last > 0:
+        bar = figure.colorbar(colours, ax=panels, label="layer")
+        bar.ax.yaxis.get_major_locator().set_params(integer=True)
+    try:
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as cause:
+        raise OutputError(f"{file}: cannot be written ({cause})") from cause
+
+
+def _draw_panel(panel: "Axes", kind: str, layers: list[LayerSummary], colours: object) -> None:
+    for layer in layers:
+        colour = colours.to_rgba(layer.layer or 0)  # type: ignore[attr-defined]
+        panel.plot(range(1, layer.rank + 1), layer.angles, color=colour, linewidth=1.2)
+    panel.set_title(f"{kind} ({len(layers)})", fontsize=10)
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
