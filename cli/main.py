@@ -6,12 +6,11 @@ import traceback
 from importlib.metadata import version
 from typing import Annotated
 
-import click
 import typer
 
 from psoft_export.cli import inspect, merge
 from psoft_export.cli.output import print_error
-from psoft_export.errors import PsoftExportError
+from psoft_export.errors import PsoftExportError, UsageError
 
 _INTERRUPTED = 130
 
@@ -60,10 +59,11 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         print_error(str(error))
         return error.exit_code
-    except click.ClickException as error:
-        print_error(error.format_message())
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except typer.TyperException as error:
+        if message := error.format_message():
+            print_error(message)
+        return UsageError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
         print_error("interrupted; nothing was written")
         return _INTERRUPTED
     except Exception as error:

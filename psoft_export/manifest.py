@@ -92,6 +92,6 @@ def manifest(
         "options": dict(options),
         "svd": dict(svd),
         "product": dict(product),
-        "modules": [asdict(module) for module in modules],
+        "modules": [asdict(module) | {"shape": list(module.shape)} for module in modules],
         "warnings": list(warnings),
     }

@@ -39,6 +39,7 @@ from psoft_export.checkpoint.reader import (
     typed,
     weight_files,
 )
+from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.source import resolve
 from psoft_export.checkpoint.writer import ShardWriter
 from psoft_export.device import choose_device, device_name
@@ -343,7 +344,7 @@ class _ShardSink:
         self._writer.append(data)
 
 
-def _entry(tensor: PlannedTensor) -> Any:
+def _entry(tensor: PlannedTensor) -> TensorEntry:
     assert tensor.entry is not None
     return tensor.entry
 

@@ -158,7 +158,7 @@ def make_plan(
     targets = _match_targets(skeleton, base_names, adapter)
     _check_coverage(skeleton, adapter)
     saved = _match_saved(skeleton, adapter)
-    renamed = bool(saved) and (config.architectures or [None])[0] != skeleton.class_name
+    renamed = bool(saved) and [skeleton.class_name] != config.architectures
     if renamed:
         changes["architectures"] = [skeleton.class_name]
     if dtype is not None:
@@ -332,7 +332,7 @@ def _fit_head(
         raise UsageError("labels: the adapter has no classification head (modules_to_save)")
     if head:
         count = shapes[min(head)][0]
-        recorded = skeleton.config.id2label or {}
+        recorded: Mapping[Any, str] = skeleton.config.id2label or {}
         names = labels or tuple(
             recorded[i] if len(recorded) == count else f"LABEL_{i}" for i in range(count)
         )

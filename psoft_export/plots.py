@@ -31,6 +31,7 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as cause:
         raise MissingExtraError(
             "--plot needs matplotlib: pip install 'psoft-export[plot]'"
@@ -57,7 +58,7 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
     figure.suptitle(f"{summary.name}: {summary.method}, r = {summary.rank}")
     if last > 0:
         bar = figure.colorbar(colours, ax=panels, label="layer")
-        bar.ax.yaxis.get_major_locator().set_params(integer=True)
+        bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as cause:

@@ -5,6 +5,7 @@ Reads and checks the files without PEFT installed. What the options mean is in `
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ def _parse_options(config: Mapping[str, Any], path: Path) -> _Options:
     if rank < 1:
         raise AdapterError(f"{path}: field 'r' is {rank}; a rank of at least 1 is needed")
     alpha = config.get("psoft_alpha", 32)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e30:
+    if not _is_positive(alpha):
         raise AdapterError(f"{path}: field 'psoft_alpha' is {alpha!r}; a number above 0 is needed")
     basis = BasisOptions(
         rank=rank,
@@ -163,7 +164,7 @@ def _parse_options(config: Mapping[str, Any], path: Path) -> _Options:
     series = None
     if take("use_cayley_neumann", False, bool):
         max_norm = config.get("cayley_neumann_eps")
-        if max_norm is not None and (isinstance(max_norm, bool) or not max_norm > 0):
+        if max_norm is not None and not _is_positive(max_norm):
             raise AdapterError(
                 f"{path}: field 'cayley_neumann_eps' is {max_norm!r}; null or a number above 0"
             )
@@ -175,6 +176,10 @@ def _parse_options(config: Mapping[str, Any], path: Path) -> _Options:
         vector_b=take("psoft_mag_b", True, bool),
         series=series,
     )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _weights_path(folder: Path) -> Path:

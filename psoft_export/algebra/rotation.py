@@ -65,7 +65,8 @@ def cayley(generator: Tensor) -> Tensor:
     I − Q is never singular: the eigenvalues of Q are purely imaginary.
     """
     identity = torch.eye(generator.shape[0], dtype=generator.dtype)
-    return torch.linalg.solve(identity - generator, identity + generator, left=False)
+    solution: Tensor = torch.linalg.solve(identity - generator, identity + generator, left=False)
+    return solution
 
 
 def cayley_neumann(generator: Tensor, series: CayleyNeumann) -> Tensor:
@@ -133,7 +134,7 @@ def rotation_angles(parameters: RotationParameters) -> Tensor:
     """
     if parameters.orthogonal and parameters.series is None:
         generator = skew_symmetric(parameters.weight, parameters.rank)
-        angles = 2 * torch.linalg.eigvalsh(1j * generator).abs().atan()
+        angles: Tensor = 2 * torch.linalg.eigvalsh(1j * generator).abs().atan()
     else:
         matrix = core_rotation(parameters)
         if not parameters.orthogonal:

@@ -121,7 +121,7 @@ def _pipeline_files(base: Path) -> dict[str, Path]:
         folders = [str(module["path"]) for module in json.loads(modules.read_text("utf-8"))]
     except (ValueError, KeyError, TypeError) as cause:
         raise CheckpointError(f"{modules}: not a readable list of modules") from cause
-    files = {}
+    files: dict[str, Path] = {}
     for name in filter(None, folders):
         folder = member(base, name, modules.name, CheckpointError)
         if folder.is_dir():

@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
 _END = object()
@@ -17,13 +17,13 @@ def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
     An error there is raised here, at its place in the sequence. Leaving the loop early stops the
     thread before the next item.
     """
-    results: queue.Queue[object] = queue.Queue(depth)
+    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stop = threading.Event()
 
-    def put(item: object) -> bool:
+    def put(item: T | None, error: BaseException | None) -> bool:
         while not stop.is_set():
             try:
-                results.put(item, timeout=_POLL_SECONDS)
+                results.put((item, error), timeout=_POLL_SECONDS)
                 return True
             except queue.Full:
                 continue
@@ -32,11 +32,11 @@ def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
     def work() -> None:
         try:
             for item in items:
-                if not put((item, None)):
+                if not put(item, None):
                     return
-            put(_END)
+            put(None, StopIteration())
         except BaseException as error:
-            put((None, error))
+            put(None, error)
         finally:
             if isinstance(items, Generator):
                 items.close()  # runs its clean-up here, in the thread that ran it
@@ -44,11 +44,13 @@ def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
     thread = threading.Thread(target=work, name="psoft-read", daemon=True)
     thread.start()
     try:
-        while (result := results.get()) is not _END:
-            item, error = result  # type: ignore[misc]
+        while True:
+            item, error = results.get()
+            if isinstance(error, StopIteration):
+                return
             if error is not None:
                 raise error
-            yield item
+            yield cast(T, item)
     finally:
         stop.set()
         thread.join()

@@ -160,7 +160,7 @@ class FileReader:
             flat = self._file.tensors[entry.name].detach().contiguous().reshape(-1)
             return flat.view(torch.uint8)[start : start + nbytes].clone()
         data = torch.empty(nbytes, dtype=torch.uint8)
-        self._read_into(memoryview(data.numpy()), entry.offset + start)
+        self._read_into(data.numpy().data, entry.offset + start)
         return data
 
     def chunks(self, entry: TensorEntry) -> Iterator[Tensor]:

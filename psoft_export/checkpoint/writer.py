@@ -69,7 +69,7 @@ class ShardWriter:
 
     def append(self, data: Tensor) -> None:
         """Write the next bytes (a flat uint8 tensor on the CPU)."""
-        self._write(memoryview(data.numpy()))
+        self._write(data.numpy().data)
 
     def close(self) -> None:
         """Flush the file to disk.

@@ -44,12 +44,12 @@ class Skeleton:
     def __init__(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> None:
         """Build the model without weights."""
         with torch.device("meta"):
-            self._model = model_class(config)
+            self._model: Any = model_class(config)
         self._state = self._model.state_dict()
         transforms = get_model_conversion_mapping(self._model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._modules = dict(self._model.named_modules())
+        self._modules: dict[str, nn.Module] = dict(self._model.named_modules())
         self.config = config
         self.model_class = model_class
         self.class_name = model_class.__name__
@@ -150,10 +150,13 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"{transformers.__version__} knows; code from a checkpoint is never run"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as cause:
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise CheckpointError(f"{path}: transformers cannot read it ({reason})") from cause
+    return config
 
 
 def find_skeleton(
