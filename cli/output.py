@@ -1,6 +1,7 @@
 """What commands print with: one object that knows about quiet, JSON and terminals."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ class Output:
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
         """`quiet` drops results and progress; `as_json` prints results as one object."""
+        if quiet or not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self._quiet = quiet
         self._as_json = as_json
         self._results = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -48,7 +47,7 @@ def resolve(
     """The folder behind a local path or a Hub id with an optional `@revision`.
 
     From the Hub only the files that `choose_files` picks from the repository's list are fetched,
-    into the Hub cache, at one commit.
+    into the Hub cache, at one commit. With HF_HUB_OFFLINE set, what the cache has is taken.
 
     Args:
         reference: a folder, `owner/name` or `owner/name@revision`.
@@ -66,18 +65,19 @@ def resolve(
     repo_id, _, revision = text.partition("@")
     if not _HUB_ID.fullmatch(repo_id) or isinstance(reference, Path):
         raise UsageError(f"{text}: no such folder, and not a Hub id (owner/name[@revision])")
+    wanted = revision or None
     try:
-        info = HfApi(token=token).model_info(repo_id, revision=revision or None)
-        files = choose_files([sibling.rfilename for sibling in info.siblings or []])
-        snapshot = snapshot_download(
-            repo_id,
-            revision=info.sha,
-            allow_patterns=[_literal(name) for name in files],
-            token=token,
+        patterns = None
+        if not constants.HF_HUB_OFFLINE:
+            info = HfApi(token=token).model_info(repo_id, revision=wanted)
+            files = choose_files([sibling.rfilename for sibling in info.siblings or []])
+            patterns = [_literal(name) for name in files]
+        snapshot = Path(
+            snapshot_download(repo_id, revision=wanted, allow_patterns=patterns, token=token)
         )
     except Exception as cause:
         raise _hub_error(text, cause) from cause
-    return Source(Path(snapshot), repo_id, info.sha)
+    return Source(snapshot, repo_id, snapshot.name)  # the cache names snapshots by commit
 
 
 def member(folder: Path, name: str, origin: str, error: type[PsoftExportError]) -> Path:
@@ -119,7 +119,9 @@ def _hub_error(reference: str, cause: Exception) -> PsoftExportError:
         why = "no such folder, and not a valid Hub id (owner/name[@revision])"
     elif isinstance(cause, HfHubHTTPError) and cause.response is not None:
         why = f"the Hub answered {cause.response.status_code}; try again later"
-    elif isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)) or (
+    elif constants.HF_HUB_OFFLINE:
+        why = "no such folder here and not in the Hub cache, and HF_HUB_OFFLINE forbids to ask"
+    elif isinstance(cause, (LocalEntryNotFoundError, OSError)) or (
         type(cause).__module__.partition(".")[0].startswith("http")
     ):
         why = "no such folder here, and the Hub cannot be reached; check the path or the network"
