@@ -4,7 +4,7 @@ Reading, computing and writing overlap; memory is bounded by the largest target,
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,11 +127,7 @@ def plan_merge(
     """What `merge` would do with these arguments; reads headers and the adapter, no weights."""
     code = parse_dtype(dtype) if dtype is not None else None
     loaded = load_adapter(adapter, token=token)
-    source = resolve(
-        base,
-        lambda names: [*weight_files(names := list(names)), *companions.base_files(names)],
-        token=token,
-    )
+    source = resolve(base, companions.CONFIG, base_files, token=token)
     checkpoint = open_checkpoint(source.folder)
     return make_plan(
         source,
@@ -141,6 +137,12 @@ def plan_merge(
         max_shard_size=max_shard_size,
         labels=tuple(labels) if labels is not None else None,
     )
+
+
+def base_files(names: Iterable[str]) -> list[str]:
+    """Of a Hub repository's file names, those that a merge reads from a base."""
+    names = list(names)
+    return [*weight_files(names), *companions.base_files(names)]
 
 
 def execute_merge(

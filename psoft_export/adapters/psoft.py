@@ -93,7 +93,7 @@ def load_adapter(adapter: str | Path, *, token: str | None = None) -> Adapter:
         >>> adapter.basis_options.rank
         64
     """
-    source = resolve(adapter, adapter_files, token=token)
+    source = resolve(adapter, CONFIG, adapter_files, token=token)
     config = _read_config(source.folder / CONFIG)
     options = _parse_options(config, source.folder / CONFIG)
     path = _weights_path(source.folder)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -40,6 +40,7 @@ class Source:
 
 def resolve(
     reference: str | Path,
+    config: str,
     choose_files: Callable[[Iterable[str]], list[str]],
     *,
     token: str | None = None,
@@ -51,6 +52,7 @@ def resolve(
 
     Args:
         reference: a folder, `owner/name` or `owner/name@revision`.
+        config: the config file that every such repository has.
         choose_files: from all file names of a repository, those to fetch.
         token: a Hub token; by default the one that `hf auth login` stored.
 
@@ -67,17 +69,25 @@ def resolve(
         raise UsageError(f"{text}: no such folder, and not a Hub id (owner/name[@revision])")
     wanted = revision or None
     try:
-        patterns = None
-        if not constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE:
+            snapshot = _cached_snapshot(repo_id, config, wanted)
+        else:
             info = HfApi(token=token).model_info(repo_id, revision=wanted)
             files = choose_files([sibling.rfilename for sibling in info.siblings or []])
             patterns = [_literal(name) for name in files]
-        snapshot = Path(
-            snapshot_download(repo_id, revision=wanted, allow_patterns=patterns, token=token)
-        )
+            snapshot = Path(
+                snapshot_download(repo_id, revision=wanted, allow_patterns=patterns, token=token)
+            )
     except Exception as cause:
         raise _hub_error(text, cause) from cause
     return Source(snapshot, repo_id, snapshot.name)  # the cache names snapshots by commit
+
+
+def _cached_snapshot(repo_id: str, config: str, revision: str | None) -> Path:
+    path = try_to_load_from_cache(repo_id, config, revision=revision)
+    if not isinstance(path, str):
+        raise FileNotFoundError(config)
+    return Path(path).parent
 
 
 def member(folder: Path, name: str, origin: str, error: type[PsoftExportError]) -> Path:
