@@ -53,6 +53,9 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
         _draw_panel(panel, kind, layers, colours)
     for panel in panels.flat[len(groups) :]:
         panel.set_axis_off()
+    for panel in panels.flat[max(0, len(groups) - columns) : len(groups)]:
+        panel.tick_params(labelbottom=True)  # the lowest panel of its column
+    panels.flat[0].set_ylim(0, 1.04 * max(layer.angles[0] for layer in summary.layers) or 1)
     figure.supxlabel("direction in the principal subspace, sorted by angle")
     figure.supylabel("rotation angle (degrees)")
     figure.suptitle(f"{summary.name}: {summary.method}, r = {summary.rank}")
@@ -70,5 +73,4 @@ def _draw_panel(panel: "Axes", kind: str, layers: list[LayerSummary], colours: o
         colour = colours.to_rgba(layer.layer or 0)  # type: ignore[attr-defined]
         panel.plot(range(1, layer.rank + 1), layer.angles, color=colour, linewidth=1.2)
     panel.set_title(f"{kind} ({len(layers)})", fontsize=10)
-    panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
