@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psoft_export.adapters.psoft import Adapter, load_adapter
     from psoft_export.errors import PsoftExportError
+    from psoft_export.execution import Progress
     from psoft_export.inspection import AdapterSummary, LayerSummary, inspect
     from psoft_export.manifest import MergeReport, ModuleReport
-    from psoft_export.merging import Progress, merge, plan_merge
+    from psoft_export.merging import merge, plan_merge
     from psoft_export.plan import MergePlan
 
 __all__ = [
@@ -42,7 +43,7 @@ _HOMES = {
     "MergePlan": "plan",
     "MergeReport": "manifest",
     "ModuleReport": "manifest",
-    "Progress": "merging",
+    "Progress": "execution",
     "PsoftExportError": "errors",
     "inspect": "inspection",
     "load_adapter": "adapters.psoft",

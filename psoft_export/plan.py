@@ -4,7 +4,6 @@ Everything that can be wrong with names, shapes and configs is found here. `merg
 carries the plan out.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,13 +92,11 @@ class MergePlan:
     def working_bytes(self) -> int:
         """Estimate of the memory that tensors take at the worst moment of the merge.
 
-        For the largest target of m × n: the stored weights in flight (read ahead, and being
-        merged), float32 copies for the SVD, its factors and workspace (LAPACK gesdd, k = min(m,
-        n): about 4k² + 7k numbers beside U, S and Vᵀ), then read-ahead chunks. Python and its
-        libraries (some 400 MB) come on top.
+        For the largest target of m × n, k = min(m, n): W in float32, the copy that LAPACK
+        overwrites, U, S and Vᵀ, its workspace (gesdd: about 4k² + 7k numbers), and chunks on
+        their way. Python, its libraries and their buffers (some 400 MB) come on top.
         """
-        chunks = 4 * CHUNK_BYTES
-        return chunks + max((_target_bytes(t) for t in self.targets), default=0)
+        return 8 * CHUNK_BYTES + max((_svd_bytes(t.spec.shape) for t in self.targets), default=0)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as one JSON-ready object."""
@@ -438,11 +435,8 @@ def _missing_warning(missing: list[str], skeleton: Skeleton, renamed: bool) -> l
     ]
 
 
-def _target_bytes(target: PlannedTensor) -> int:
-    assert target.entry is not None
-    rows, columns = target.spec.shape
+def _svd_bytes(shape: tuple[int, ...]) -> int:
+    rows, columns = shape
     short = min(rows, columns)
-    single = 4 * rows * columns
-    factors = 4 * short * (rows + columns)
-    workspace = 4 * (4 * short * short + 7 * short)
-    return 3 * target.entry.nbytes + 2 * single + factors + workspace + math.ceil(single / 8)
+    numbers = 2 * rows * columns + short * (rows + columns) + 4 * short * short + 7 * short
+    return 4 * numbers

@@ -339,13 +339,13 @@ def test_killed_run_leaves_the_target_and_the_next_run_clears_up(tmp_path: Path)
 def test_interrupt_exits_with_130_and_leaves_nothing(
     llama: Path, llama_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from psoft_export import merging
+    from psoft_export import execution
     from psoft_export.cli.main import run
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging, "find_basis", interrupt)
+    monkeypatch.setattr(execution, "find_basis", interrupt)
     arguments = ["merge", "--base", str(llama), "--adapter", str(llama_adapter)]
     assert run([*arguments, "--output", str(tmp_path / "out"), "--quiet"]) == 130
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]

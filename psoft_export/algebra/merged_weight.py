@@ -5,14 +5,14 @@ Works in row blocks, so that memory beyond W stays small whatever its size.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from psoft_export.algebra.rounding import round_to_nearest, unit_in_last_place
 
-_BLOCK_BYTES = 8 * 2**20  # float64 bytes of one row block; small enough for the CPU's caches
+_BLOCK_BYTES = 2 * 2**20  # float64 bytes of one row block; its operands stay in the CPU's caches
 
 
 @dataclass
@@ -23,12 +23,11 @@ class MergeFigures:
     the exact W + ΔW in units of the last place of the output dtype (0.5 is perfect).
     """
 
-    delta_norm: float = 0.0
+    delta_norm: float
     weight_norm: float = 0.0
     rounding_norm: float = 0.0
     rounding_ulp: float = 0.0
     finite: bool = True
-    _squares: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0], repr=False)
 
     @property
     def relative_delta(self) -> float:
@@ -40,15 +39,16 @@ class MergeFigures:
         """‖merged − exact‖ / ‖W‖."""
         return self.rounding_norm / self.weight_norm if self.weight_norm else 0.0
 
-    def add_block(self, weight: Tensor, delta: Tensor, exact: Tensor, merged: Tensor) -> None:
-        """Account for one row block; all but `merged` are float64."""
-        error = merged.double() - exact
+    def add_block(self, weight: Tensor, exact: Tensor, merged: Tensor) -> None:
+        """Account for one row block of W, the float64 sum, and what it was rounded to."""
+        error = (merged.double() - exact).to(torch.float32)
         ulp = unit_in_last_place(exact, merged.dtype)
-        for index, part in enumerate((delta, weight, error)):
-            self._squares[index] += float(part.square().sum())
-        self.delta_norm, self.weight_norm, self.rounding_norm = map(math.sqrt, self._squares)
-        self.rounding_ulp = max(self.rounding_ulp, float((error.abs() / ulp).max()))
-        self.finite = self.finite and bool(torch.isfinite(merged).all())
+        self.weight_norm = math.hypot(self.weight_norm, float(torch.linalg.vector_norm(weight)))
+        self.rounding_norm = math.hypot(self.rounding_norm, float(torch.linalg.vector_norm(error)))
+        largest = float(torch.linalg.vector_norm(error.div_(ulp), ord=math.inf))
+        # NaN where an entry overflowed: infinity minus a number, over an ulp.
+        self.finite = self.finite and math.isfinite(largest)
+        self.rounding_ulp = max(self.rounding_ulp, largest)
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
@@ -89,6 +89,12 @@ def low_rank_factors(
     return scaling * (basis_b.double() @ (rotation - identity)), basis_a.double()
 
 
+def product_norm(left: Tensor, right: Tensor) -> float:
+    """‖left @ right‖_F from the r × r Gram matrices, without forming the product."""
+    squared = torch.sum((left.T @ left) * (right @ right.T))
+    return math.sqrt(max(float(squared), 0.0))
+
+
 def merged_blocks(
     weight: Tensor,
     left: Tensor,
@@ -111,8 +117,7 @@ def merged_blocks(
     rows = max(1, _BLOCK_BYTES // (8 * weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         block = weight[start : start + rows].double()
-        delta = (left[start : start + rows] @ right).double()
-        exact = block + delta
+        exact = block + left[start : start + rows] @ right
         merged = round_to_nearest(exact, dtype)
-        figures.add_block(block, delta, exact, merged)
+        figures.add_block(block, exact, merged)
         yield merged.cpu()

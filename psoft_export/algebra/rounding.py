@@ -3,21 +3,18 @@
 import torch
 from torch import Tensor
 
-# Significant bits (the hidden one counted) and exponent of the smallest normal number in the
-# convention of `torch.frexp` (mantissa in [0.5, 1)).
-_FORMATS = {
-    torch.float32: (24, -125),
-    torch.float16: (11, -13),
-    torch.bfloat16: (8, -125),
-}
+# Significant bits of each dtype, the hidden one counted.
+_PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+_FLOAT32_EXPONENT_MASK = 0x7F800000
 
 
 def round_to_nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest number of `dtype` to each float64 entry, ties to even.
 
     `values.to(torch.bfloat16)` rounds twice, by way of float32, and so picks the wrong neighbour
-    when the first rounding lands on a tie. Here the step to float32 rounds to odd, which keeps
-    the second rounding exact (Boldo and Melquiond, IEEE Trans. Computers 57(4), 2008).
+    when the first rounding lands on a tie. Here those entries step to the side of the tie that
+    the float64 value is on (in effect rounding to odd: Boldo and Melquiond, IEEE Trans.
+    Computers 57(4), 2008).
 
     Args:
         values: float64, any shape.
@@ -25,22 +22,43 @@ def round_to_nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype)
-    single = values.to(torch.float32)
+    single = values.contiguous().to(torch.float32)
     bits = single.view(torch.int32)
-    error = values - single.double()
-    # An even last bit that is inexact becomes the odd neighbour on the other side of the value.
-    away_from_zero = (error > 0) == (values > 0)
-    step = torch.where(away_from_zero, 1, -1).to(torch.int32)
-    fix = (error != 0) & ((bits & 1) == 0) & torch.isfinite(single)
-    return (bits + step * fix).view(torch.float32).to(dtype)
+    dropped = 24 - _PRECISION[dtype]
+    on_tie = (bits & ((1 << dropped) - 1)) == 1 << (dropped - 1)
+    if dtype == torch.float16:
+        # Its subnormals are spaced evenly, so their ties have other bits; look at all of them.
+        on_tie |= single.abs() < torch.finfo(dtype).tiny
+    suspects = on_tie.flatten().nonzero()[:, 0]
+    if len(suspects):
+        value, first = values.flatten()[suspects], single.flatten()[suspects]
+        first_bits = first.view(torch.int32)
+        # An inexact even number becomes the odd neighbour on the other side of the value.
+        step = torch.where((value > first.double()) == (value > 0), 1, -1).to(torch.int32)
+        inexact_even = (value != first.double()) & (first_bits & 1 == 0)
+        bits.view(-1)[suspects] = first_bits + step * inexact_even
+    return single.to(dtype)
 
 
 def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The spacing of `dtype` numbers at each float64 entry, float64.
+    """The spacing of `dtype` numbers at each entry, float32.
 
     Below the smallest normal number it is the constant spacing of the subnormals.
+
+    Args:
+        values: float32 or float64, any shape; finite.
+        dtype: torch.float32, torch.float16 or torch.bfloat16.
     """
-    precision, smallest = _FORMATS[dtype]
-    _, exponent = torch.frexp(values)
-    exponent = exponent.clamp(min=smallest)
-    return torch.ldexp(torch.ones_like(values), exponent - precision)
+    smallest = torch.finfo(dtype).tiny
+    magnitude = values.to(torch.float32).abs().clamp_(min=smallest)
+    # Rounding to float32 may carry a value up to the next power of two; its gap is that above.
+    power = (magnitude.view(torch.int32) & _FLOAT32_EXPONENT_MASK).view(torch.float32)
+    return power * 2.0 ** (1 - _PRECISION[dtype])
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no entry is NaN or infinity; true of integers and of nothing at all."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    # Both extremes are NaN where any entry is; an order of magnitude faster than isfinite().all().
+    return bool(torch.isfinite(torch.stack(values.aminmax())).all())

@@ -90,7 +90,7 @@ class OutputFolder:
         if not self._committed:
             shutil.rmtree(self.path, ignore_errors=True)
         self._release()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise _output_error(self._target, error) from error
 
     def _take_lock(self) -> None:

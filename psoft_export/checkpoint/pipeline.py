@@ -8,38 +8,32 @@ from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
 _END = object()
-_POLL_SECONDS = 0.1
 
 
 def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
-    """Iterate over `items` in another thread, at most `depth` of them ahead.
+    """Iterate over `items` in another thread, at most `depth` of them ahead of the caller.
 
-    An error there is raised here, at its place in the sequence. Leaving the loop early stops the
-    thread before the next item.
+    An item is not asked for before there is room for it, so `depth` bounds the memory. An error
+    there is raised here, at its place in the sequence. Leaving the loop early stops the thread
+    before the next item.
     """
-    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
+    room = threading.Semaphore(depth)
     stop = threading.Event()
 
-    def put(item: T | None, error: BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                results.put((item, error), timeout=_POLL_SECONDS)
-                return True
-            except queue.Full:
-                continue
-        return False
-
     def work() -> None:
+        iterator = iter(items)
         try:
-            for item in items:
-                if not put(item, None):
-                    return
-            put(None, StopIteration())
+            while True:
+                room.acquire()
+                if stop.is_set():
+                    break
+                results.put((next(iterator), None))
         except BaseException as error:
-            put(None, error)
+            results.put((None, error))  # StopIteration too: it ends the loop below
         finally:
-            if isinstance(items, Generator):
-                items.close()  # runs its clean-up here, in the thread that ran it
+            if isinstance(iterator, Generator):
+                iterator.close()  # runs its clean-up here, in the thread that ran it
 
     thread = threading.Thread(target=work, name="psoft-read", daemon=True)
     thread.start()
@@ -50,9 +44,12 @@ def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
                 return
             if error is not None:
                 raise error
+            room.release()
             yield cast(T, item)
+            del item  # the caller is done with it; do not keep it while waiting for the next
     finally:
         stop.set()
+        room.release()
         thread.join()
 
 

@@ -19,7 +19,7 @@ from psoft_export.errors import CheckpointError, PsoftExportError
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 INDEX = ".index.json"
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""The figures of a benchmark run, and their text: Markdown tables and a line a claim. No torch."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass
+
+from benchmarks.process import Usage
+
+COPY, PEFT, OURS = "cp -r", "PEFT", "psoft-export"
+_PEAK_SIZE, _PEAK_RATIO = "1b", 0.25
+_PEAK_SPREAD = 0.10
+_MB = 1e6
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Errors of merged entries in units of the last place of their dtype; 0.5 is perfect.
+
+    `not_nearest` is the share of entries that another number of the dtype would be closer to,
+    `relative` is ‖error‖ / ‖ΔW‖ (Frobenius).
+    """
+
+    largest_ulp: float
+    rms_ulp: float
+    not_nearest: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One size: usage of each program by its name, accuracy of each merge."""
+
+    size: str
+    parameters: int
+    rank: int
+    usage: dict[str, Usage]
+    accuracy: dict[str, Accuracy]
+
+    def ratio(self, field: str) -> float:
+        """psoft-export's figure over PEFT's."""
+        ours, theirs = (getattr(self.usage[name], field) for name in (OURS, PEFT))
+        return float(ours / theirs)
+
+
+def tables(result: Result) -> Iterator[str]:
+    """Markdown of one size, line by line."""
+    yield f"### {result.size}: {result.parameters:,} parameters, bf16, r = {result.rank}"
+    yield ""
+    yield "| | wall time | peak memory | peak anonymous | read | written |"
+    yield "| --- | --: | --: | --: | --: | --: |"
+    for name, usage in result.usage.items():
+        seconds, *sizes = astuple(usage)
+        cells = " | ".join(f"{size / _MB:,.0f} MB" for size in sizes)
+        yield f"| `{name}` | {seconds:.1f} s | {cells} |"
+    cells = " | ".join(f"**{result.ratio(field):.2f}**" for field in asdict(usage))
+    yield f"| **psoft-export / PEFT** | {cells} |"
+    yield ""
+    yield "| | largest error | RMS error | not the nearest number | ‖error‖ / ‖ΔW‖ |"
+    yield "| --- | --: | --: | --: | --: |"
+    for name, figures in result.accuracy.items():
+        yield (
+            f"| `{name}` | {figures.largest_ulp:.4g} ulp | {figures.rms_ulp:.4f} ulp "
+            f"| {figures.not_nearest:.3%} | {figures.relative:.2e} |"
+        )
+    yield ""
+
+
+def claims(results: list[Result]) -> Iterator[str]:
+    """One line a claim."""
+    for result in results:
+        ours, theirs = result.usage[OURS], result.usage[PEFT]
+        if result.size == _PEAK_SIZE:
+            yield _claim(
+                f"{result.size}: peak memory at most a quarter of PEFT's",
+                result.ratio("peak_bytes") <= _PEAK_RATIO,
+                f"{ours.peak_bytes / _MB:,.0f} of {theirs.peak_bytes / _MB:,.0f} MB, "
+                f"{result.ratio('peak_bytes'):.3f}",
+            )
+        yield _claim(
+            f"{result.size}: wall time no longer than PEFT's",
+            ours.seconds <= theirs.seconds,
+            f"{ours.seconds:.1f} against {theirs.seconds:.1f} s, {result.ratio('seconds'):.3f}",
+        )
+        exact, twice = result.accuracy[OURS], result.accuracy[PEFT]
+        yield _claim(
+            f"{result.size}: more exact than PEFT's",
+            exact.rms_ulp < twice.rms_ulp and exact.largest_ulp < twice.largest_ulp,
+            f"RMS {exact.rms_ulp:.4f} against {twice.rms_ulp:.4f} ulp, "
+            f"largest {exact.largest_ulp:.4g} against {twice.largest_ulp:.4g} ulp",
+        )
+    if len(results) > 1:
+        peaks = {result.size: result.usage[OURS].peak_bytes for result in results}
+        spread = max(peaks.values()) / min(peaks.values()) - 1
+        yield _claim(
+            "peak memory the same for every size within 10 %",
+            spread <= _PEAK_SPREAD,
+            ", ".join(f"{size} {peak / _MB:,.0f} MB" for size, peak in peaks.items())
+            + f", {spread:.1%} apart",
+        )
+
+
+def _claim(text: str, holds: bool, figures: str) -> str:
+    return f"- {text}: {'holds' if holds else 'does not hold'} ({figures})"
