@@ -35,9 +35,9 @@ def inspect_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a PSOFT adapter is: method, options, size, and how far each layer turns."""
+    out = Output(as_json=as_json)  # before the Hub library reads its settings
     from psoft_export import inspect
 
-    out = Output(as_json=as_json)
     summary = inspect(adapter, base=base, token=token)
     if plot is not None:
         from psoft_export.plots import plot_rotation_angles

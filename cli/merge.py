@@ -63,9 +63,9 @@ def merge_command(
     The output folder is complete (weights, config, tokenizer, psoft_export.json) and appears
     only when every byte of it is on disk.
     """
+    out = Output(quiet=quiet, as_json=as_json)  # before the Hub library reads its settings
     from psoft_export import merge, plan_merge
 
-    out = Output(quiet=quiet, as_json=as_json)
     names = [name.strip() for name in labels.split(",")] if labels is not None else None
     if dry_run:
         plan = plan_merge(

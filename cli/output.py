@@ -26,8 +26,8 @@ class Output:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self._quiet = quiet
         self._as_json = as_json
-        self._results = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-        self._messages = Console(stderr=True, soft_wrap=True)
+        self._results = Console(emoji=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+        self._messages = Console(emoji=False, stderr=True, soft_wrap=True)
 
     def result(self, data: Mapping[str, Any], render: Callable[[Console], None]) -> None:
         """Print the result: `data` as JSON, or what `render` draws."""
@@ -89,7 +89,7 @@ class Output:
 
 def print_error(text: str) -> None:
     """Print an error as one line on stderr."""
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(emoji=False, stderr=True, soft_wrap=True)
     line = " ".join(text.split())
     console.print(f"[bold red]error:[/] {_escaped(line)}", highlight=False)
 

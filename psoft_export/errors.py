@@ -10,6 +10,11 @@ class PsoftExportError(Exception):
     exit_code = 1
 
 
+def first_line(cause: BaseException) -> str:
+    """The first line of an exception's message, or its kind where it has none."""
+    return next(iter(str(cause).splitlines()), type(cause).__name__)
+
+
 class UsageError(PsoftExportError):
     """An option or argument has a value that cannot be used."""
 

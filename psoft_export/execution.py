@@ -31,7 +31,7 @@ from psoft_export.checkpoint.pipeline import WriteBehind, read_ahead
 from psoft_export.checkpoint.reader import FileReader, raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.writer import ShardWriter
-from psoft_export.errors import NonFiniteError, UsageError
+from psoft_export.errors import CheckpointError, NonFiniteError, UsageError
 from psoft_export.manifest import ModuleReport
 from psoft_export.memory import release_freed_memory
 from psoft_export.plan import MergePlan, PlannedShard, PlannedTensor
@@ -99,7 +99,10 @@ class Run:
                         continue
                     blocks = self._merged(tensor, gathering.weight)
                     gathering = None
-                for data in blocks:
+                last = next(blocks, None)
+                while (data := last) is not None:
+                    # Ask for the next block first: after the last one, the target counts as done.
+                    last = next(blocks, None)
                     writer.put((chunk.shard, data))
                     self._report(tensor, data.numel())
 
@@ -130,15 +133,14 @@ class Run:
         else:
             stored = _entry(tensor).dtype
         wanted = tensor.spec.dtype
-        checked = tensor.is_parameter and stored in CODES.values()
         values = typed(chunk.data, stored)
-        if checked and not all_finite(values):
+        if tensor.is_parameter and not all_finite(values):
             raise _damaged(_entry(tensor))
         if wanted == stored:
             return chunk.data
         dtype = TORCH_DTYPES[wanted]
         cast = round_to_nearest(values, dtype) if stored == "F64" else values.to(dtype)
-        if checked and not all_finite(cast):
+        if tensor.is_parameter and not all_finite(cast):
             raise _does_not_fit(tensor)
         return raw(cast)
 
@@ -160,6 +162,10 @@ class Run:
                 if not figures.finite:
                     raise _does_not_fit(tensor)
                 yield raw(block)
+        except torch.linalg.LinAlgError as cause:
+            raise CheckpointError(
+                f"{_entry(tensor).file}: the SVD of '{tensor.spec.name}' does not converge"
+            ) from cause
         except torch.OutOfMemoryError as cause:
             raise UsageError(
                 f"device {self._device}: too little GPU memory for '{tensor.spec.name}' "
@@ -257,7 +263,9 @@ def _damaged(entry: TensorEntry) -> NonFiniteError:
 
 
 def _does_not_fit(tensor: PlannedTensor) -> NonFiniteError:
-    return NonFiniteError(
-        f"result: tensor '{tensor.spec.name}' does not fit {tensor.spec.dtype} (an entry became "
-        "infinite); write a wider dtype, bf16 or fp32"
-    )
+    name, dtype = tensor.spec.name, tensor.spec.dtype
+    if dtype == "F16":
+        why = "does not fit fp16 (an entry became infinite); write a wider dtype, bf16 or fp32"
+    else:
+        why = "is not finite; the adapter's rotation has grown beyond all bounds"
+    return NonFiniteError(f"result: tensor '{name}' {why}")

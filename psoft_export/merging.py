@@ -1,6 +1,6 @@
 """Merging an adapter into its base, from two references to a complete output folder."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from psoft_export.checkpoint.reader import (
 )
 from psoft_export.checkpoint.source import resolve
 from psoft_export.device import choose_device, device_name
-from psoft_export.errors import OutputError
+from psoft_export.errors import AdapterError, CheckpointError, OutputError
 from psoft_export.execution import ProgressCallback, Run
 from psoft_export.manifest import FILENAME, MergeReport, manifest, source_record
 from psoft_export.plan import MergePlan, make_plan
@@ -119,10 +119,11 @@ def execute_merge(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
 ) -> MergeReport:
-    """Carry out a plan. See `merge`."""
+    """Carry out a plan: write its output folder. Arguments, result and errors as of `merge`."""
     target = Path(output)
     _check_apart(target, plan)
     files = companions.gather(plan.base.folder, plan.adapter.source.folder)
+    hashes = _companion_hashes(plan, files)  # reads them all, so none fails half-way
     room = plan.output_bytes + _SMALL_FILES_BYTES
     with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
         companions.write_companions(files, folder.path)
@@ -131,7 +132,7 @@ def execute_merge(
         run.write_weights(folder.path)
         if plan.is_indexed:
             companions.write_json(folder.path / (SAFETENSORS + INDEX), _weight_index(plan))
-        content = _manifest(plan, device, run, files)
+        content = _manifest(plan, device, run, hashes)
         companions.write_json(folder.path / FILENAME, content)
         folder.commit()
     return MergeReport(target, tuple(run.modules), content)
@@ -150,25 +151,30 @@ def _weight_index(plan: MergePlan) -> dict[str, Any]:
     return {"metadata": {"total_size": plan.output_bytes}, "weight_map": weight_map}
 
 
+def _companion_hashes(plan: MergePlan, files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """SHA-256 of every file beside the weights that the output is made from, by side and name."""
+    base, adapter = plan.base.folder, plan.adapter.source.folder
+    read = {companions.CONFIG: base / companions.CONFIG, **files}
+    index = next(iter(weight_files(path.name for path in base.iterdir())), "")
+    if index.endswith(INDEX):
+        read[index] = base / index
+    hashes: dict[str, dict[str, str]] = {"base": {}, "adapter": {}}
+    for name, path in read.items():
+        if path.parent == adapter:
+            hashes["adapter"][name] = file_sha256(path, AdapterError)
+        else:
+            hashes["base"][name] = file_sha256(path, CheckpointError)
+    return hashes
+
+
 def _manifest(
-    plan: MergePlan, device: torch.device, run: Run, files: dict[str, Path]
+    plan: MergePlan, device: torch.device, run: Run, hashes: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
     adapter, options = plan.adapter, plan.adapter.basis_options
-    base_folder = plan.base.folder
-    base_hashes = dict(run.sha256)
-    adapter_hashes = dict(adapter.sha256)
-    index = next((n for n in weight_files(p.name for p in base_folder.iterdir())), "")
-    for name, path in (
-        *files.items(),
-        (companions.CONFIG, base_folder / companions.CONFIG),
-        *([(index, base_folder / index)] if index.endswith(INDEX) else []),
-    ):
-        hashes = base_hashes if path.is_relative_to(base_folder) else adapter_hashes
-        hashes[name] = file_sha256(path)
     compute = product_dtype(device)
     return manifest(
-        base=source_record(plan.base, base_hashes),
-        adapter=source_record(adapter.source, adapter_hashes),
+        base=source_record(plan.base, {**run.sha256, **hashes["base"]}),
+        adapter=source_record(adapter.source, {**adapter.sha256, **hashes["adapter"]}),
         class_name=plan.class_name,
         options={
             "dtype": plan.dtype,

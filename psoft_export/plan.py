@@ -1,6 +1,6 @@
 """The merge as data: which tensor of the output comes from where, decided before any is read.
 
-Everything that can be wrong with names, shapes and configs is found here. `merge` then only
+Everything that can be wrong with names, shapes and configs is found here; `execution` then only
 carries the plan out.
 """
 
@@ -26,9 +26,9 @@ from psoft_export.model.skeleton import Skeleton, find_skeleton, read_config
 class PlannedTensor:
     """One tensor of the output.
 
-    Exactly one origin is set apart from a merge, which has two: `entry` (a base tensor, copied),
-    `saved` (a tensor of the adapter's `modules_to_save`, by model name), or `entry` and `module`
-    (the base tensor merged with the rotation of that adapter module).
+    It comes from `entry` (a base tensor, copied), from `saved` (a tensor of the adapter's
+    `modules_to_save`, as the adapter names it), or from `entry` and `module` (the base tensor,
+    merged with the rotation of that adapter module).
     """
 
     spec: TensorSpec
@@ -168,7 +168,7 @@ def make_plan(
             if entry.name in base_names.aliases:
                 continue
             name = base_names.model_name[entry.name]
-            output = name if renamed and base_names.gains_prefix(entry.name) else entry.name
+            output = base_names.with_prefix(entry.name) if renamed else entry.name
             kept = name in skeleton.parameters
             if name in saved:
                 stored, tensor = saved.pop(name)
@@ -183,7 +183,7 @@ def make_plan(
 
     shards = _lay_out(groups, max_shard_size)
     missing = _missing_tensors(skeleton, base_names, adapter)
-    warnings = _missing_warning(missing, skeleton, renamed)
+    warnings = [*_missing_warning(missing, skeleton, renamed), *_basis_warning(adapter)]
     return MergePlan(
         base,
         checkpoint,
@@ -198,10 +198,18 @@ def make_plan(
 
 
 class _Names:
-    """The base's tensors by model name, and what loading does to each."""
+    """The base's tensors by model name, and what loading does to each.
+
+    Attributes:
+        entries: every tensor of the files, by its name there.
+        model_name: name in the files → name in the model; `by_model_name` is the inverse.
+        reshaped: names in the files whose tensors loading splits, joins or permutes.
+        aliases: second names, in pickle files, of a tied weight; written once is enough.
+    """
 
     def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         self._skeleton = skeleton
+        self._pickled = {n: t for f in checkpoint.files for n, t in (f.tensors or {}).items()}
         self.entries = checkpoint.entries
         self.model_name: dict[str, str] = {}
         self.reshaped: set[str] = set()
@@ -210,33 +218,37 @@ class _Names:
             if converted:
                 self.reshaped.add(name)
         self.by_model_name = {model: name for name, model in self.model_name.items()}
-        self.aliases = self._find_aliases(checkpoint)
+        self.aliases = {name for name in self._pickled if self._is_alias(name)}
 
-    def gains_prefix(self, name: str) -> bool:
-        """Whether the model's name is the file's with the base-model prefix in front."""
-        return self.model_name[name] == f"{self._skeleton.prefix}.{name}"
+    def with_prefix(self, name: str) -> str:
+        """The name with the base-model prefix in front, where the model class has it there.
 
-    def _find_aliases(self, checkpoint: Checkpoint) -> set[str]:
-        """Names in pickle files that are second names of a tied weight: written once is enough."""
-        stored = {name: t for f in checkpoint.files for name, t in (f.tensors or {}).items()}
-        return {
-            name
-            for name, tensor in stored.items()
-            if (source := self._skeleton.tied.get(self.model_name[name])) is not None
-            and (first := self.by_model_name.get(source)) is not None
-            and stored[first].data_ptr() == tensor.data_ptr()
-        }
+        A file of the bare model says `encoder.…`; one of a model with a head, `bert.encoder.…`.
+        """
+        prefix = f"{self._skeleton.prefix}."
+        model_name = self.model_name[name]
+        if name.startswith(prefix) or not model_name.startswith(prefix):
+            return name
+        same = self._skeleton.tensor_name(prefix + name)[0] == model_name
+        return prefix + name if same else name
 
-    def shares_storage(self, name: str, checkpoint: Checkpoint) -> str | None:
-        """Another tensor of the same pickle file over the same memory."""
-        for file in checkpoint.files:
-            tensors = file.tensors or {}
-            if name in tensors:
-                pointer = tensors[name].untyped_storage().data_ptr()
-                for other, tensor in tensors.items():
-                    if other != name and tensor.untyped_storage().data_ptr() == pointer:
-                        return other
-        return None
+    def sharing(self, name: str) -> str | None:
+        """Another tensor of the pickle files over the same memory, or None."""
+        return next((n for n in self._pickled if n != name and self._overlap(n, name)), None)
+
+    def _is_alias(self, name: str) -> bool:
+        source = self._skeleton.tied.get(self.model_name[name], "")
+        first = self.by_model_name.get(source)
+        return first in self._pickled and self._overlap(first, name)
+
+    def _overlap(self, first: str, second: str) -> bool:
+        one, other = self._pickled[first], self._pickled.get(second)
+        if other is None:
+            return False
+        return (
+            one.data_ptr() < other.data_ptr() + other.nbytes
+            and other.data_ptr() < one.data_ptr() + one.nbytes
+        )
 
 
 def _match_targets(skeleton: Skeleton, names: _Names, adapter: Adapter) -> dict[str, str]:
@@ -260,6 +272,11 @@ def _match_targets(skeleton: Skeleton, names: _Names, adapter: Adapter) -> dict[
         if name is None:
             raise MismatchError(
                 f"target module '{stored}': the base checkpoint has no tensor '{weight}'"
+            )
+        if (other := names.sharing(name)) is not None:
+            raise UnsupportedError(
+                f"target module '{stored}': its tensor '{name}' shares its storage with '{other}' "
+                "in the base's file; merging would change both"
             )
         targets[name] = stored
         _check_target(stored, names.entries[name], name in names.reshaped, skeleton.shapes[weight])
@@ -295,8 +312,11 @@ def _check_coverage(skeleton: Skeleton, adapter: Adapter) -> None:
     """
     wanted = adapter.config.get("target_modules")
     narrowed = ("layers_to_transform", "exclude_modules", "layers_pattern")
-    if wanted == "all-linear" or any(adapter.config.get(name) for name in narrowed):
+    if wanted == "all-linear" or any(adapter.config.get(n) not in (None, []) for n in narrowed):
         return
+    # PEFT adapts nothing inside a module that is trained and saved whole.
+    whole = [re.escape(str(name)) for name in adapter.config.get("modules_to_save") or ()]
+    inside_saved = re.compile(rf"(.*\.)?({'|'.join(whole)})(\..*)?") if whole else None
     if isinstance(wanted, str):
         matches = [p for p in skeleton.linear_paths() if re.fullmatch(wanted, p)]
     else:
@@ -307,7 +327,12 @@ def _check_coverage(skeleton: Skeleton, adapter: Adapter) -> None:
             if any(p == s or p.endswith("." + s) for s in suffixes)
         ]
     adapted = {skeleton.module_path(stored) for stored in adapter.rotations}
-    if missing := [path for path in matches if path not in adapted]:
+    missing = [
+        path
+        for path in matches
+        if path not in adapted and not (inside_saved and inside_saved.fullmatch(path))
+    ]
+    if missing:
         raise MismatchError(
             f"{adapter.source.folder / adapter.weights_file}: no tensors for '{missing[0]}', which "
             f"target_modules names and the base has ({len(missing)} such); "
@@ -331,10 +356,13 @@ def _fit_head(
         count = shapes[min(head)][0]
         recorded: Mapping[Any, str] = skeleton.config.id2label or {}
         names = labels or tuple(
-            recorded[i] if len(recorded) == count else f"LABEL_{i}" for i in range(count)
+            recorded.get(i, f"LABEL_{i}") if len(recorded) == count else f"LABEL_{i}"
+            for i in range(count)
         )
         if len(names) != count:
             raise UsageError(f"labels: {len(names)} names for a head of {count} classes")
+        if len(set(names)) != count:
+            raise UsageError(f"labels: a name occurs twice in {', '.join(names)}")
         changes["id2label"] = {str(i): name for i, name in enumerate(names)}
         changes["label2id"] = {name: i for i, name in enumerate(names)}
     return (skeleton.rebuilt(**changes) if changes else skeleton), changes
@@ -432,6 +460,15 @@ def _missing_warning(missing: list[str], skeleton: Skeleton, renamed: bool) -> l
     return [
         f"the adapter was trained in {skeleton.class_name}, whose {listed} it does not bring "
         "(modules_to_save); the output keeps the base's own architecture"
+    ]
+
+
+def _basis_warning(adapter: Adapter) -> list[str]:
+    if adapter.basis_options.solver != "lowrank" or "random_seed" in adapter.config:
+        return []
+    return [
+        "the adapter's config has no 'random_seed': PEFT versions before that field drew its "
+        "low-rank basis at random, and the seed 0 used here need not be the basis it trained with"
     ]
 
 

@@ -36,6 +36,8 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
         raise MissingExtraError(
             "--plot needs matplotlib: pip install 'psoft-export[plot]'"
         ) from cause
+    if not file.suffix:
+        raise OutputError(f"{file}: its name needs a suffix: .png, .svg or .pdf")
     groups: dict[str, list[LayerSummary]] = {}
     for layer in summary.layers:
         groups.setdefault(layer.kind, []).append(layer)

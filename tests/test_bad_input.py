@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import psoft_export
 from psoft_export.checkpoint.writer import ShardWriter
@@ -201,6 +202,12 @@ CASES: dict[str, tuple[Damage, int, str]] = {
     "malformed base config": (write("config.json", "{"), CHECKPOINT_ERROR, "config.json"),
     "no model type": (base_config(model_type=None), CHECKPOINT_ERROR, "'model_type'"),
     "unknown model type": (base_config(model_type="nobody"), UNSUPPORTED, "'nobody'"),
+    "config of the wrong type": (
+        base_config(hidden_size="wide"),
+        CHECKPOINT_ERROR,
+        "hidden_size",
+    ),
+    "heads that do not divide": (base_config(num_attention_heads=7), CHECKPOINT_ERROR, "config"),
     "quantized base": (
         base_config(quantization_config={"quant_method": "gptq", "bits": 4}),
         UNSUPPORTED,
@@ -309,6 +316,17 @@ def test_tied_target_is_refused(base_folder: Any, tmp_path: Path) -> None:
     assert info.value.exit_code == UNSUPPORTED
 
 
+def test_target_that_shares_its_storage_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    tensors = load_file(base / "model.safetensors")
+    tensors[O_PROJ] = tensors[O_PROJ.replace("layers.1", "layers.0")]
+    (base / "model.safetensors").unlink()
+    torch.save(tensors, base / "pytorch_model.bin")
+    with pytest.raises(psoft_export.PsoftExportError, match="shares its storage") as info:
+        psoft_export.merge(base, adapter, tmp_path / "out")
+    assert info.value.exit_code == UNSUPPORTED
+
+
 def test_saved_module_of_another_shape_is_refused(base_folder: Any, tmp_path: Path) -> None:
     base = base_folder("minilm")
     adapter = models.save_adapter("minilm", base, tmp_path / "adapter")
@@ -397,6 +415,19 @@ def test_disk_that_fills_up_while_writing(
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
+@pytest.mark.parametrize("side", ["base", "adapter"])
+def test_unreadable_companion_file_is_named(
+    side: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = dict(zip(("base", "adapter"), pair, strict=True))[side]
+    (folder / "tokenizer_config.json").symlink_to("/proc/self/mem")  # fails when read
+    code = {"base": CHECKPOINT_ERROR, "adapter": ADAPTER_ERROR}[side]
+    with pytest.raises(psoft_export.PsoftExportError, match=r"tokenizer_config\.json") as info:
+        psoft_export.merge(*pair, tmp_path / "out")
+    assert info.value.exit_code == code
+    assert not (tmp_path / "out").exists()
+
+
 def test_failure_while_writing_leaves_the_old_output(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,7 +445,9 @@ def test_failure_while_writing_leaves_the_old_output(
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_outputs_that_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_outputs_that_are_refused(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = pair
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
@@ -429,7 +462,8 @@ def test_outputs_that_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> No
         with pytest.raises(psoft_export.PsoftExportError, match=words) as info:
             psoft_export.merge(base, adapter, output)
         assert info.value.exit_code == OUTPUT_ERROR
-    for output in (base, adapter, tmp_path, tmp_path / "link"):
+    monkeypatch.setenv("HOME", str(tmp_path / "full"))
+    for output in (base, adapter, tmp_path, tmp_path / "link", tmp_path / "full"):
         with pytest.raises(psoft_export.PsoftExportError) as info:
             psoft_export.merge(base, adapter, output, overwrite=True)
         assert info.value.exit_code == OUTPUT_ERROR

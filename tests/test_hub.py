@@ -24,6 +24,9 @@ def hub(llama: Path, llama_adapter: Path, tmp_path: Path) -> Iterator[HubServer]
     (base / "tokenizer.json").write_text("{}")
     (base / "pytorch_model.bin").write_bytes(b"must not be fetched")
     (base / "README.md").write_text("must not be fetched")
+    (base / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+    (base / "2_Dense").mkdir()
+    (base / "2_Dense" / "model.safetensors").write_bytes(b"part of the pipeline")
     server = HubServer({"me/base": base, "me/adapter": llama_adapter}, ("main", "v2"))
     with server.running():
         yield server
@@ -48,9 +51,9 @@ def test_base_and_adapter_by_id_and_revision(
     out = tmp_path / "out"
     done = command(
         hub.url, tmp_path / "cache", "merge", "--base", "me/base@v2",
-        "--adapter", "me/adapter", "--output", str(out), "--device", "cpu",
+        "--adapter", "me/adapter", "--output", str(out), "--device", "cpu", "--quiet",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     manifest = json.loads((out / "psoft_export.json").read_text())
     assert manifest["base"]["kind"] == "hub" and manifest["base"]["name"] == "me/base"
     assert manifest["base"]["revision"] == manifest["adapter"]["revision"] == COMMIT
@@ -58,6 +61,7 @@ def test_base_and_adapter_by_id_and_revision(
     local = (tmp_path / "local" / "model.safetensors").read_bytes()
     assert (out / "model.safetensors").read_bytes() == local
     assert (out / "tokenizer.json").exists()
+    assert (out / "2_Dense" / "model.safetensors").read_bytes() == b"part of the pipeline"
     fetched = " ".join(hub.requests)
     assert "pytorch_model.bin" not in fetched and "README.md" not in fetched
     assert hub.tokens == {f"Bearer {TOKEN}"}

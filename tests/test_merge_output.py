@@ -14,12 +14,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
 
 import psoft_export
 from psoft_export.checkpoint.output import OutputFolder
 from psoft_export.errors import OutputError
 from tests import files, models
+from tests.conftest import BUNDLED, EXAMPLES
 
 
 def manifest_of(output: Path) -> dict[str, Any]:
@@ -192,6 +198,83 @@ def test_head_replaces_one_of_another_size(base_folder: Any, tmp_path: Path) -> 
         torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_enlarged_vocabulary_comes_out_with_its_config(llama: Path, tmp_path: Path) -> None:
+    model = models.load_task_model("llama", llama)
+    model.resize_token_embeddings(108)
+    peft_model = models.get_peft_model(
+        model,
+        models.PsoftConfig(
+            r=8,
+            task_type="CAUSAL_LM",
+            target_modules=["q_proj"],
+            modules_to_save=["embed_tokens", "lm_head"],
+        ),
+    )
+    models.perturb(peft_model, 3)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    psoft_export.merge(llama, tmp_path / "adapter", tmp_path / "out")
+    merged, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert merged.config.vocab_size == 108 and not info["mismatched_keys"]
+    ids = torch.arange(108).view(4, 27)
+    with torch.no_grad():
+        expected = peft_model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(merged.eval()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_saved_under_the_names_of_an_older_library(
+    base_folder: Any, tmp_path: Path
+) -> None:
+    base = base_folder("vit")
+    adapter = models.save_adapter("vit", base, tmp_path / "adapter")
+    psoft_export.merge(base, adapter, tmp_path / "new")
+
+    def before_version_5(name: str) -> str:
+        # The module names of ViT in transformers 4, from which the adapter keys were made.
+        for new, old in (
+            ("vit.layers.", "vit.encoder.layer."),
+            ("attention.q_proj", "attention.attention.query"),
+            ("attention.v_proj", "attention.attention.value"),
+            ("mlp.fc1", "intermediate.dense"),
+        ):
+            name = name.replace(new, old)
+        return name
+
+    files.edit_tensors(
+        adapter / "adapter_model.safetensors",
+        lambda tensors: {before_version_5(name): t for name, t in tensors.items()},
+    )
+    files.edit_json(
+        adapter / "adapter_config.json", target_modules=["query", "value", "intermediate.dense"]
+    )
+    psoft_export.merge(base, adapter, tmp_path / "old")
+    new, old = all_tensors(tmp_path / "new"), all_tensors(tmp_path / "old")
+    assert all(torch.equal(new[name], old[name]) for name in new)
+
+
+def test_linear_layers_inside_a_saved_module_are_not_missed(
+    base_folder: Any, tmp_path: Path
+) -> None:
+    # "dense" is also the name of a layer in the pooler, which is saved whole and so not adapted.
+    base = base_folder("deberta")
+    adapter = models.save_adapter("deberta", base, tmp_path / "adapter", target_modules=["dense"])
+    report = psoft_export.merge(base, adapter, tmp_path / "out")
+    assert all("pooler" not in module.module for module in report.modules)
+    assert "pooler.dense.weight" in all_tensors(tmp_path / "out")
+
+
+def test_one_layer_given_as_a_number(llama: Path, tmp_path: Path) -> None:
+    adapter = models.save_adapter("llama", llama, tmp_path / "adapter", layers_to_transform=0)
+    assert len(psoft_export.merge(llama, adapter, tmp_path / "out").modules) == 7
+
+
+def test_lowrank_adapter_without_a_seed_warns(llama: Path, tmp_path: Path) -> None:
+    adapter = models.save_adapter("llama", llama, tmp_path / "adapter", psoft_svd="lowrank")
+    assert not psoft_export.plan_merge(llama, adapter).warnings
+    files.edit_json(adapter / "adapter_config.json", random_seed=None)
+    (warning,) = psoft_export.merge(llama, adapter, tmp_path / "out").manifest["warnings"]
+    assert "random_seed" in warning
+
+
 def test_adapter_without_its_head_warns(base_folder: Any, tmp_path: Path) -> None:
     base = base_folder("minilm")
     adapter = models.save_adapter("minilm", base, tmp_path / "adapter")
@@ -207,9 +290,9 @@ def test_adapter_without_its_head_warns(base_folder: Any, tmp_path: Path) -> Non
 def test_companion_files_come_along(tmp_path: Path) -> None:
     adapter = models.save_adapter("minilm", models.MINILM, tmp_path / "adapter")
     psoft_export.merge(models.MINILM, adapter, tmp_path / "out")
-    names = set(files.tree(tmp_path / "out"))
-    assert {"tokenizer.json", "vocab.txt", "modules.json", "1_Pooling/config.json"} <= names
-    assert not names & {"README.md", ".gitattributes"}
+    brought = set(files.tree(models.MINILM)) - {"README.md", ".gitattributes"}
+    assert {"tokenizer_config.json", "sentence_bert_config.json", "1_Pooling/config.json"} < brought
+    assert set(files.tree(tmp_path / "out")) == brought | {"psoft_export.json"}
     original = AutoTokenizer.from_pretrained(models.MINILM)("a trained adapter")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a trained adapter") == original
 
@@ -220,6 +303,8 @@ def test_adapters_tokenizer_and_chat_template_take_precedence(
     base = files.copy_of(llama, tmp_path / "base")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         (base / name).write_text('{"from": "base"}')
+    for name in ("generation_config.json", "preprocessor_config.json"):
+        (base / name).write_text("{}")
     (base / "chat_template.jinja").write_text("base template")
     (base / "LICENSE.txt").write_text("terms")
     (llama_adapter / "chat_template.jinja").write_text("adapter template")
@@ -227,6 +312,9 @@ def test_adapters_tokenizer_and_chat_template_take_precedence(
     out = files.tree(tmp_path / "template")
     assert out["chat_template.jinja"] == b"adapter template"
     assert out["tokenizer.json"] == b'{"from": "base"}' and out["LICENSE.txt"] == b"terms"
+    assert {"generation_config.json", "preprocessor_config.json", "tokenizer_config.json"} < set(
+        out
+    )
 
     (llama_adapter / "chat_template.jinja").unlink()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -272,6 +360,15 @@ def test_manifest_says_what_was_done(llama: Path, llama_adapter: Path, tmp_path:
         assert module["orthogonality_error"] < 1e-13
         assert 0.4 < module["rounding_ulp"] <= 0.5
         assert 0 < module["rounding_relative"] < 2**-8
+
+
+def test_bundled_example_comes_out_whole(tmp_path: Path) -> None:
+    psoft_export.merge(EXAMPLES / "base", EXAMPLES / "adapters" / BUNDLED[1], tmp_path / "out")
+    base = files.tree(EXAMPLES / "base")
+    out = files.tree(tmp_path / "out")
+    assert set(out) == {*base, "psoft_export.json"}
+    assert [name for name in base if out[name] != base[name]] == ["model.safetensors"]
+    assert GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 128
 
 
 def test_dry_run_reads_no_weights_and_writes_nothing(

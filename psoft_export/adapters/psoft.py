@@ -21,7 +21,7 @@ from psoft_export.basis.svd import BasisOptions
 from psoft_export.checkpoint.reader import file_sha256, load_pickle
 from psoft_export.checkpoint.safetensors_file import read_header
 from psoft_export.checkpoint.source import Source, resolve
-from psoft_export.errors import AdapterError, NonFiniteError, UnsupportedError
+from psoft_export.errors import AdapterError, NonFiniteError, UnsupportedError, first_line
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -102,7 +102,7 @@ def load_adapter(adapter: str | Path, *, token: str | None = None) -> Adapter:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{path}: tensor '{name}' holds NaN or infinity; train again")
     rotations, saved = _sort_tensors(tensors, options, path)
-    sha256 = {name: file_sha256(source.folder / name) for name in (CONFIG, path.name)}
+    sha256 = {name: file_sha256(source.folder / name, AdapterError) for name in (CONFIG, path.name)}
     return Adapter(source, path.name, config, options.basis, rotations, saved, sha256)
 
 
@@ -120,7 +120,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError as cause:
         raise AdapterError(f"{path}: no such file; is this folder a PEFT adapter?") from cause
     except (OSError, ValueError) as cause:
-        raise AdapterError(f"{path}: not readable JSON ({_first_line(cause)})") from cause
+        raise AdapterError(f"{path}: not readable JSON ({first_line(cause)})") from cause
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: not a JSON object")
     kind = config.get("peft_type")
@@ -196,7 +196,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as cause:
-        raise AdapterError(f"{path}: not readable ({_first_line(cause)})") from cause
+        raise AdapterError(f"{path}: not readable ({first_line(cause)})") from cause
 
 
 def _sort_tensors(
@@ -211,7 +211,9 @@ def _sort_tensors(
         name = key.removeprefix(_PREFIX)
         module, marker, parameter = name.rpartition(".psoft_R.")
         if not marker:
-            saved[name] = tensor
+            # Where PEFT saves a resized embedding, it saves its own wrapper around it as well.
+            if ".original_module." not in name:
+                saved[name.replace(".modules_to_save.", ".")] = tensor
         elif parameter in _PARAMETERS:
             parts.setdefault(module, {})[parameter] = tensor
         else:
@@ -255,7 +257,3 @@ def _rotation_parameters(
         options.orthogonal,
         options.series,
     )
-
-
-def _first_line(cause: Exception) -> str:
-    return str(cause).splitlines()[0] if str(cause) else type(cause).__name__

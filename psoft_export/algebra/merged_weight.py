@@ -14,6 +14,9 @@ from psoft_export.algebra.rounding import round_to_nearest, unit_in_last_place
 
 _BLOCK_BYTES = 2 * 2**20  # float64 bytes of one row block; its operands stay in the CPU's caches
 
+# Compute capabilities of P100, V100, A100, H100/H200 and B200.
+_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+
 
 @dataclass
 class MergeFigures:
@@ -39,14 +42,17 @@ class MergeFigures:
         """‖merged − exact‖ / ‖W‖."""
         return self.rounding_norm / self.weight_norm if self.weight_norm else 0.0
 
-    def add_block(self, weight: Tensor, exact: Tensor, merged: Tensor) -> None:
-        """Account for one row block of W, the float64 sum, and what it was rounded to."""
-        error = (merged.double() - exact).to(torch.float32)
+    def add_weight(self, block: Tensor) -> None:
+        """Account for one row block of W, float64."""
+        self.weight_norm = math.hypot(self.weight_norm, float(torch.linalg.vector_norm(block)))
+
+    def add_block(self, exact: Tensor, merged: Tensor) -> None:
+        """Account for one row block: the float64 sum, overwritten here, and its rounding."""
         ulp = unit_in_last_place(exact, merged.dtype)
-        self.weight_norm = math.hypot(self.weight_norm, float(torch.linalg.vector_norm(weight)))
+        error = exact.sub_(merged)
         self.rounding_norm = math.hypot(self.rounding_norm, float(torch.linalg.vector_norm(error)))
         largest = float(torch.linalg.vector_norm(error.div_(ulp), ord=math.inf))
-        # NaN where an entry overflowed: infinity minus a number, over an ulp.
+        # Infinite where an entry overflowed: a number minus infinity.
         self.finite = self.finite and math.isfinite(largest)
         self.rounding_ulp = max(self.rounding_ulp, largest)
 
@@ -54,12 +60,12 @@ class MergeFigures:
 def product_dtype(device: torch.device) -> torch.dtype:
     """The dtype of the large product on `device`: float64 where the hardware is fast at it.
 
-    Data-centre GPUs (compute capability x.0) run float64 at half the float32 rate; other cards
-    at 1/32 or 1/64 of it, so there the product is taken in float32.
+    Data-centre GPUs run float64 at half the float32 rate; other cards at 1/32 or 1/64 of it, so
+    there the product is taken in float32.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[1] != 0:
-        return torch.float32
-    return torch.float64
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) in _FAST_FLOAT64:
+        return torch.float64
+    return torch.float32
 
 
 def product_error_bound(rank: int, dtype: torch.dtype) -> float:
@@ -107,7 +113,7 @@ def merged_blocks(
     Each entry is the float64 sum of W and left @ right, rounded once to nearest.
 
     Args:
-        weight: W (out × in), floating, on the device to compute on.
+        weight: W (out × in), float32, float16 or bfloat16, on the device to compute on.
         left: out × r and right: r × in, float64, same device; see `low_rank_factors`.
         dtype: output dtype: float32, float16 or bfloat16.
         figures: filled in as blocks are made.
@@ -117,7 +123,11 @@ def merged_blocks(
     rows = max(1, _BLOCK_BYTES // (8 * weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         block = weight[start : start + rows].double()
-        exact = block + left[start : start + rows] @ right
+        figures.add_weight(block)
+        if compute == torch.float64:
+            exact = block.addmm_(left[start : start + rows], right)
+        else:
+            exact = block.add_(left[start : start + rows] @ right)
         merged = round_to_nearest(exact, dtype)
-        figures.add_block(block, exact, merged)
+        figures.add_block(exact, merged)
         yield merged.cpu()

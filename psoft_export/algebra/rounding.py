@@ -49,16 +49,18 @@ def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
         values: float32 or float64, any shape; finite.
         dtype: torch.float32, torch.float16 or torch.bfloat16.
     """
-    smallest = torch.finfo(dtype).tiny
-    magnitude = values.to(torch.float32).abs().clamp_(min=smallest)
-    # Rounding to float32 may carry a value up to the next power of two; its gap is that above.
-    power = (magnitude.view(torch.int32) & _FLOAT32_EXPONENT_MASK).view(torch.float32)
-    return power * 2.0 ** (1 - _PRECISION[dtype])
+    # The exponent bits alone are the power of two below; rounding to float32 may carry a value
+    # up to the next one, whose gap is then meant.
+    single = values.to(torch.float32, copy=True)
+    power = single.view(torch.int32).bitwise_and_(_FLOAT32_EXPONENT_MASK).view(torch.float32)
+    return power.clamp_(min=torch.finfo(dtype).tiny).mul_(2.0 ** (1 - _PRECISION[dtype]))
 
 
 def all_finite(values: Tensor) -> bool:
     """Whether no entry is NaN or infinity; true of integers and of nothing at all."""
     if not values.is_floating_point() or not values.numel():
         return True
+    if values.dtype.itemsize == 1:  # float8 has no comparisons
+        values = values.to(torch.float32)
     # Both extremes are NaN where any entry is; an order of magnitude faster than isfinite().all().
     return bool(torch.isfinite(torch.stack(values.aminmax())).all())

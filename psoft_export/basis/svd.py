@@ -28,11 +28,10 @@ class BasisOptions:
 
 @dataclass(frozen=True)
 class Basis:
-    """A (r × in, down-projection), B (out × r, up-projection), float32, and r singular values."""
+    """A (r × in, down-projection) and B (out × r, up-projection), float32."""
 
     a: Tensor
     b: Tensor
-    singular_values: Tensor
 
 
 def principal_subspace(weight: Tensor, options: BasisOptions) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,4 +74,4 @@ def find_basis(weight: Tensor, options: BasisOptions) -> Basis:
         a, b = right, left * scaled
     # Copies, so that the full factors of the SVD are freed.
     layout = torch.contiguous_format
-    return Basis(a.clone(memory_format=layout), b.clone(memory_format=layout), values.clone())
+    return Basis(a.clone(memory_format=layout), b.clone(memory_format=layout))

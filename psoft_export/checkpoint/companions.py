@@ -1,6 +1,7 @@
 """The small files beside the weights: config, tokenizer, chat template, processors, licence."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,10 +33,11 @@ _PROCESSOR = {
     "image_processor_config.json",
 }
 _TEMPLATES = {"chat_template.jinja", "chat_template.json"}
-_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".codes")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-# Written anew, or about the weights of another file format.
-_LEFT_OUT = (".index.json", "adapter_config.json", "psoft_export.json", CONFIG)
+_WRITTEN_ANEW = {CONFIG, "psoft_export.json", "adapter_config.json"}
+_WEIGHT_INDEX = ".index.json"
+_PIPELINE_FOLDER = re.compile(r"\d+_[^/]+/[^/]+")  # of sentence-transformers: 1_Pooling/…
 
 
 def companion_names(names: Iterable[str]) -> list[str]:
@@ -48,7 +50,8 @@ def companion_names(names: Iterable[str]) -> list[str]:
         for name in sorted(names)
         if "/" not in name
         and not name.startswith(".")
-        and not name.endswith(_LEFT_OUT)
+        and name not in _WRITTEN_ANEW
+        and not name.endswith(_WEIGHT_INDEX)
         and (name.endswith(_SUFFIXES) or name.upper().startswith(_LEGAL))
     ]
 
@@ -56,11 +59,11 @@ def companion_names(names: Iterable[str]) -> list[str]:
 def base_files(names: Iterable[str]) -> list[str]:
     """Of a repository's file names, those to fetch for a base, weights apart.
 
-    `modules.json` names the folders of a sentence-transformers pipeline, each with a config.
+    Beside `modules.json` that is the folders of a sentence-transformers pipeline, whole.
     """
     names = list(names)
-    pipeline = [n for n in names if "modules.json" in names and n.count("/") == 1]
-    return [CONFIG, *companion_names(names), *(n for n in pipeline if n.endswith("config.json"))]
+    pipeline = [n for n in names if "modules.json" in names and _PIPELINE_FOLDER.fullmatch(n)]
+    return [CONFIG, *companion_names(names), *pipeline]
 
 
 def gather(base: Path, adapter: Path) -> dict[str, Path]:
@@ -107,8 +110,11 @@ def write_config(base: Path, changes: Mapping[str, Any], target: Path) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object in the order of its keys, indented by two spaces."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    """Write a JSON object in the order of its keys, indented by two spaces.
+
+    Configs of some models hold a bare `Infinity`, which stays as it is.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", "utf-8")
 
 

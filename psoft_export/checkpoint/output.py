@@ -71,15 +71,18 @@ class OutputFolder:
                 for name in files:
                     _sync(Path(folder, name))
                 _sync(Path(folder))
-            if self._target.exists() and any(self._target.iterdir()):
+            replaced = self._target.exists() and any(self._target.iterdir())
+            if replaced:
                 _exchange(self.path, self._target)
-                shutil.rmtree(self.path)
             else:
                 self.path.rename(self._target)
+            self._committed = True
             _sync(self._target.parent)
         except OSError as cause:
             raise _output_error(self._target, cause) from cause
-        self._committed = True
+        if replaced:
+            # What was there before; if this is cut short, the next run clears it.
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def __exit__(
         self,
@@ -122,6 +125,10 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{target}: exists and is not empty; pass --overwrite to replace it")
     if target.is_symlink():
         raise OutputError(f"{target}: is a symbolic link; name the folder it points to")
+    if os.path.ismount(target):
+        raise OutputError(f"{target}: is a mount point; name a folder inside it")
+    if target.resolve() in (Path.home(), Path.cwd(), *Path.cwd().parents):
+        raise OutputError(f"{target}: is your home or holds the current folder; name another")
     if not target.parent.is_dir():
         raise OutputError(f"{target.parent}: no such folder to put '{target.name}' in; create it")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header
 from psoft_export.checkpoint.source import member
-from psoft_export.errors import CheckpointError, PsoftExportError
+from psoft_export.errors import CheckpointError, PsoftExportError, first_line
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -48,14 +48,6 @@ class Checkpoint:
     def entries(self) -> dict[str, TensorEntry]:
         """Every tensor by its name."""
         return {entry.name: entry for file in self.files for entry in file.entries}
-
-    @property
-    def is_indexed(self) -> bool:
-        """Whether the weights are described by an index (sharded) rather than one file."""
-        return any(
-            (self.folder / (name + INDEX)).exists() and not (self.folder / name).exists()
-            for name in (SAFETENSORS, PICKLE)
-        )
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
@@ -113,12 +105,11 @@ def load_pickle(path: Path, error: type[PsoftExportError]) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6
     except UnpicklingError as cause:
         raise error(
-            f"{path}: holds more than plain tensors, and loading it could run code; "
-            "convert it to safetensors where you trust it"
+            f"{path}: is damaged, or holds more than plain tensors, and then loading it could run "
+            "code; convert it to safetensors where you trust it"
         ) from cause
     except (OSError, RuntimeError, EOFError, ValueError) as cause:
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise error(f"{path}: not a readable PyTorch file ({reason})") from cause
+        raise error(f"{path}: not a readable PyTorch file ({first_line(cause)})") from cause
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise error(f"{path}: not a flat mapping of names to tensors")
     return state
@@ -149,34 +140,35 @@ class FileReader:
     def __exit__(self, *_: object) -> None:
         self._handle.close()
 
-    def read(self, entry: TensorEntry, start: int = 0, nbytes: int | None = None) -> Tensor:
-        """Bytes `start` to `start + nbytes` of a tensor, as a uint8 tensor of its own.
+    def chunks(self, entry: TensorEntry) -> Iterator[Tensor]:
+        """A tensor's bytes in order, as uint8 tensors of a bounded size (a multiple of 8).
 
         Raises:
-            CheckpointError: the file ends before the tensor does.
+            CheckpointError: the file ends before the tensor does, or cannot be read.
         """
-        nbytes = entry.nbytes - start if nbytes is None else nbytes
-        if self._file.tensors is not None:
-            flat = self._file.tensors[entry.name].detach().contiguous().reshape(-1)
-            return flat.view(torch.uint8)[start : start + nbytes].clone()
-        data = torch.empty(nbytes, dtype=torch.uint8)
-        self._read_into(data.numpy().data, entry.offset + start)
-        return data
-
-    def chunks(self, entry: TensorEntry) -> Iterator[Tensor]:
-        """A tensor's bytes in order, a bounded number at a time (a multiple of 8)."""
+        pickled = None if self._file.tensors is None else raw(self._file.tensors[entry.name])
         for start in range(0, entry.nbytes, CHUNK_BYTES):
-            yield self.read(entry, start, min(CHUNK_BYTES, entry.nbytes - start))
+            nbytes = min(CHUNK_BYTES, entry.nbytes - start)
+            if pickled is not None:
+                yield pickled[start : start + nbytes]
+            else:
+                data = torch.empty(nbytes, dtype=torch.uint8)
+                self._read_into(data.numpy().data, entry.offset + start)
+                yield data
 
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hexadecimal."""
-        size = self._file.path.stat().st_size
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(size, 1))))
-        while self._hashed < size:
-            self._read_into(buffer[: min(len(buffer), size - self._hashed)], self._hashed)
+        self._hash_to(self._file.path.stat().st_size)
         return self._hash.hexdigest()
 
+    def _hash_to(self, end: int) -> None:
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(end - self._hashed, 1))))
+        while self._hashed < end:
+            self._read_into(buffer[: min(len(buffer), end - self._hashed)], self._hashed)
+
     def _read_into(self, buffer: memoryview, offset: int) -> None:
+        if offset > self._hashed:
+            self._hash_to(offset)  # what a plan skips is hashed all the same, while it is near
         done = 0
         while done < len(buffer):
             try:
@@ -193,16 +185,22 @@ class FileReader:
             self._hashed = offset + len(buffer)
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path, error: type[PsoftExportError]) -> str:
+    """The SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        PsoftExportError: of the class `error`: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror})") from cause
 
 
-def typed(data: Tensor, dtype: str, shape: tuple[int, ...] | None = None) -> Tensor:
-    """uint8 bytes seen as `dtype` (a safetensors code), in `shape` (flat by default)."""
-    values = data.view(TORCH_DTYPES[dtype])
-    return values if shape is None else values.reshape(shape)
+def typed(data: Tensor, dtype: str) -> Tensor:
+    """Flat uint8 bytes seen as numbers of `dtype` (a safetensors code)."""
+    return data.view(TORCH_DTYPES[dtype])
 
 
 def raw(values: Tensor) -> Tensor:
@@ -211,7 +209,7 @@ def raw(values: Tensor) -> Tensor:
 
 
 def _open_safetensors(path: Path, expected: set[str] | None) -> WeightFile:
-    entries, metadata, _ = read_header(path)
+    entries, metadata = read_header(path)
     _check_names(path, {entry.name for entry in entries}, expected)
     return WeightFile(path, tuple(entries), metadata)
 

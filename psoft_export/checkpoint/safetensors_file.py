@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from psoft_export.errors import CheckpointError, PsoftExportError
+from psoft_export.checkpoint.dtypes import TORCH_DTYPES
+from psoft_export.errors import CheckpointError, PsoftExportError, first_line
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class TensorEntry:
 
 def read_header(
     path: Path, error: type[PsoftExportError] = CheckpointError
-) -> tuple[list[TensorEntry], dict[str, str], int]:
+) -> tuple[list[TensorEntry], dict[str, str]]:
     """The tensors of a safetensors file in the order of their bytes.
 
     Returns:
-        The entries, the file's metadata, and the size of the header in bytes.
+        The entries, and the file's metadata.
 
     Raises:
         PsoftExportError: of the class `error`: the file cannot be read or is damaged.
@@ -49,16 +50,18 @@ def read_header(
     except FileNotFoundError as cause:
         raise error(f"{path}: no such file") from cause
     except (SafetensorError, OSError, ValueError) as cause:
-        reason = str(cause).splitlines()[0]
         raise error(
-            f"{path}: not a readable safetensors file ({reason}); copy or download it again"
+            f"{path}: not a readable safetensors file ({first_line(cause)}); "
+            "copy or download it again"
         ) from cause
     metadata = header.pop("__metadata__", {})
     start = 8 + length
     entries = []
     for name, info in header.items():
+        if info["dtype"] not in TORCH_DTYPES:
+            raise error(f"{path}: tensor '{name}' has dtype {info['dtype']}, which torch lacks")
         begin, end = info["data_offsets"]
         shape = tuple(info["shape"])
         entries.append(TensorEntry(name, info["dtype"], shape, path, start + begin, end - begin))
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
-    return entries, metadata, start
+    return entries, metadata

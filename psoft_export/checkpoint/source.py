@@ -1,5 +1,6 @@
 """Where a base or an adapter is: a local folder, or a Hub repository at a commit."""
 
+import errno
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -131,6 +132,8 @@ def _hub_error(reference: str, cause: Exception) -> PsoftExportError:
         why = f"the Hub answered {cause.response.status_code}; try again later"
     elif constants.HF_HUB_OFFLINE:
         why = "no such folder here and not in the Hub cache, and HF_HUB_OFFLINE forbids to ask"
+    elif isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+        why = f"the Hub cache cannot be written ({cause.strerror})"
     elif isinstance(cause, (LocalEntryNotFoundError, OSError)) or (
         type(cause).__module__.partition(".")[0].startswith("http")
     ):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from psoft_export.errors import CheckpointError, MismatchError, UnsupportedError
+from psoft_export.errors import CheckpointError, MismatchError, UnsupportedError, first_line
 
 # PEFT's task types (peft/utils/peft_types.py) and the transformers classes they stand for.
 _TASK_CLASSES = {
@@ -153,9 +153,10 @@ def read_config(folder: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as cause:
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise CheckpointError(f"{path}: transformers cannot read it ({reason})") from cause
+    except Exception as cause:  # config classes raise errors of many kinds
+        raise CheckpointError(
+            f"{path}: transformers cannot read it ({first_line(cause)})"
+        ) from cause
     return config
 
 
@@ -175,7 +176,12 @@ def find_skeleton(
     modules = list(modules)
     missing: tuple[str, str] | None = None
     for model_class in _candidates(config, adapter_config):
-        skeleton = Skeleton(model_class, config)
+        try:
+            skeleton = Skeleton(model_class, config)
+        except Exception as cause:  # model classes raise errors of many kinds
+            raise CheckpointError(
+                f"config.json: {model_class.__name__} cannot be built ({first_line(cause)})"
+            ) from cause
         absent = [path for path in modules if not skeleton.has_module(path)]
         if not absent:
             return skeleton
