@@ -162,7 +162,7 @@ class Run:
                 if not figures.finite:
                     raise _does_not_fit(tensor)
                 yield raw(block)
-        except torch.linalg.LinAlgError as cause:
+        except torch.linalg.LinAlgError as cause:  # type: ignore[attr-defined]
             raise CheckpointError(
                 f"{_entry(tensor).file}: the SVD of '{tensor.spec.name}' does not converge"
             ) from cause
