@@ -99,10 +99,10 @@ class Run:
                         continue
                     blocks = self._merged(tensor, gathering.weight)
                     gathering = None
-                last = next(blocks, None)
-                while (data := last) is not None:
+                following = next(blocks, None)
+                while (data := following) is not None:
                     # Ask for the next block first: after the last one, the target counts as done.
-                    last = next(blocks, None)
+                    following = next(blocks, None)
                     writer.put((chunk.shard, data))
                     self._report(tensor, data.numel())
 

@@ -118,8 +118,8 @@ def load_pickle(path: Path, error: type[PsoftExportError]) -> dict[str, Tensor]:
 class FileReader:
     """Reads byte ranges of one weight file and hashes the file on the way.
 
-    Reads in the file's own order feed the hash as they pass; whatever they left out is read when
-    the digest is asked for. Use as a context manager.
+    Reads feed the hash as they pass; what they skip is read for the hash alone, so each byte is
+    hashed once whatever the order. Use as a context manager.
     """
 
     def __init__(self, file: WeightFile) -> None:

@@ -1,0 +1,94 @@
+"""The sum W + ΔW: rounded once, measured as it is made, and bounded where it runs in float32."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from psoft_export.algebra import merged_weight
+from psoft_export.algebra.merged_weight import (
+    MergeFigures,
+    low_rank_factors,
+    merged_blocks,
+    product_error_bound,
+    product_norm,
+)
+from psoft_export.algebra.rounding import all_finite, unit_in_last_place
+
+ROWS, COLUMNS, RANK = 700, 900, 24
+
+
+@pytest.fixture
+def factors() -> tuple[Tensor, Tensor, Tensor]:
+    """W, and ΔW as scaling · B (R − I) and A."""
+    weight = 0.1 * torch.randn(ROWS, COLUMNS)
+    a, b = torch.randn(RANK, COLUMNS), torch.randn(ROWS, RANK)
+    rotation = torch.eye(RANK).double() + 0.05 * torch.randn(RANK, RANK).double()
+    left, right = low_rank_factors(a, b, rotation, 0.5)
+    assert torch.equal(right, a.double())
+    expected = 0.5 * b.double() @ (rotation - torch.eye(RANK).double())
+    torch.testing.assert_close(left, expected, rtol=1e-15, atol=1e-15)
+    return weight, left, right
+
+
+def merge(
+    weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, MergeFigures]:
+    figures = MergeFigures(product_norm(left, right))
+    return torch.cat(list(merged_blocks(weight, left, right, dtype, figures))), figures
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_figures_are_those_of_the_result(
+    dtype: torch.dtype, factors: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, left, right = factors
+    monkeypatch.setattr(merged_weight, "_BLOCK_BYTES", 40_000)  # many blocks, the last one short
+    before = weight.clone()
+    merged, figures = merge(weight, left, right, dtype)
+    assert torch.equal(weight, before), "the base weight is not touched"
+    exact = weight.double() + left @ right
+    error = merged.double() - exact
+    assert merged.shape == exact.shape and merged.dtype == dtype
+    assert figures.finite
+    assert figures.delta_norm == pytest.approx(float((left @ right).norm()), rel=1e-12)
+    assert figures.weight_norm == pytest.approx(float(weight.double().norm()), rel=1e-12)
+    assert figures.rounding_norm == pytest.approx(float(error.norm()), rel=1e-6)
+    ulps = error.abs() / unit_in_last_place(exact, dtype)
+    assert figures.rounding_ulp == pytest.approx(float(ulps.max()), rel=1e-6)
+    assert 0.49 < figures.rounding_ulp <= 0.5
+
+
+def test_float32_product_stays_within_its_stated_bound(
+    factors: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, left, right = factors
+    monkeypatch.setattr(merged_weight, "product_dtype", lambda _: torch.float32)
+    merged, _ = merge(weight, left, right, torch.float32)
+    exact = weight.double() + left @ right
+    bound = product_error_bound(RANK, torch.float32) * (left.abs() @ right.abs())
+    rounding = 0.5 * unit_in_last_place(exact, torch.float32)
+    error = (merged.double() - exact).abs()
+    assert bool((error <= bound + rounding).all())
+    assert bool((error > rounding).any()), "or the bound would say nothing"
+
+
+def test_overflow_is_noticed(factors: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, left, right = factors
+    _, figures = merge(weight * 1e6, left, right, torch.float16)
+    assert not figures.finite
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+)
+def test_a_single_bad_entry_is_found(dtype: torch.dtype) -> None:
+    values = torch.ones(1000).to(dtype)
+    assert all_finite(values)
+    for place in (0, 501, 999):
+        bad = values.clone()
+        bad[place] = float("nan")
+        assert not all_finite(bad)
+    if dtype != torch.float8_e4m3fn:  # which has no infinity
+        values[7] = float("-inf")
+        assert not all_finite(values)
+    assert all_finite(torch.empty(0)) and all_finite(torch.tensor([1, 2]))
