@@ -61,7 +61,9 @@ def _short(part: str | Path) -> str:
 def main() -> int:
     """Demonstrate the adapters named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("adapters", nargs="*", choices=list(CORPORA), default=["prose-relaxed-r64"])
+    parser.add_argument(
+        "--adapter", action="append", choices=list(CORPORA), help="may be repeated; default: prose"
+    )
     parser.add_argument("--output", type=Path, help="keep the merged checkpoints in this folder")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -71,7 +73,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.output or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        results = [demonstrate(name, folder / name) for name in arguments.adapters]
+        names = arguments.adapter or list(CORPORA)[:1]
+        results = [demonstrate(name, folder / name) for name in names]
     return 0 if all(results) else 1
 
 

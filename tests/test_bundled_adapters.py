@@ -1,5 +1,6 @@
 """The trained example adapters: merged, they are the model that PEFT runs, on real text."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +47,18 @@ def test_every_weight_is_the_nearest_bfloat16_number(name: str, tmp_path: Path) 
         error = (merged[f"{path}.weight"].double() - weight).abs()
         ulp = unit_in_last_place(weight, torch.bfloat16)
         assert float((error / ulp).max()) < 0.5 + 1e-6
+
+
+def test_demo_shows_what_the_readme_says() -> None:
+    demo = [sys.executable, str(EXAMPLES.parent / "demo.py")]
+    shown = subprocess.run(demo, capture_output=True, text=True, check=True).stdout
+    assert "psoft-export merge --base" in shown
+    assert "merged and adapter agree to the 4th decimal" in shown
+    readme = (EXAMPLES.parent.parent / "README.md").read_text()
+    for label in ("base", "base + adapter, run by PEFT", "merged checkpoint"):
+        (line,) = (line for line in shown.splitlines() if line.startswith(f"  {label:<30} "))
+        if sys.version_info[:2] == (3, 11):  # the held-out text is Python's own
+            assert line in readme
 
 
 def test_committed_files_are_small_and_hold_no_pickle() -> None:
