@@ -69,19 +69,19 @@ def claims(results: list[Result]) -> Iterator[str]:
     for result in results:
         ours, theirs = result.usage[OURS], result.usage[PEFT]
         if result.size == _PEAK_SIZE:
-            yield _claim(
+            yield claim(
                 f"{result.size}: peak memory at most a quarter of PEFT's",
                 result.ratio("peak_bytes") <= _PEAK_RATIO,
                 f"{ours.peak_bytes / _MB:,.0f} of {theirs.peak_bytes / _MB:,.0f} MB, "
                 f"{result.ratio('peak_bytes'):.3f}",
             )
-        yield _claim(
+        yield claim(
             f"{result.size}: wall time no longer than PEFT's",
             ours.seconds <= theirs.seconds,
             f"{ours.seconds:.1f} against {theirs.seconds:.1f} s, {result.ratio('seconds'):.3f}",
         )
         exact, twice = result.accuracy[OURS], result.accuracy[PEFT]
-        yield _claim(
+        yield claim(
             f"{result.size}: more exact than PEFT's",
             exact.rms_ulp < twice.rms_ulp and exact.largest_ulp < twice.largest_ulp,
             f"RMS {exact.rms_ulp:.4f} against {twice.rms_ulp:.4f} ulp, "
@@ -90,7 +90,7 @@ def claims(results: list[Result]) -> Iterator[str]:
     if len(results) > 1:
         peaks = {result.size: result.usage[OURS].peak_bytes for result in results}
         spread = max(peaks.values()) / min(peaks.values()) - 1
-        yield _claim(
+        yield claim(
             "peak memory the same for every size within 10 %",
             spread <= _PEAK_SPREAD,
             ", ".join(f"{size} {peak / _MB:,.0f} MB" for size, peak in peaks.items())
@@ -98,5 +98,6 @@ def claims(results: list[Result]) -> Iterator[str]:
         )
 
 
-def _claim(text: str, holds: bool, figures: str) -> str:
+def claim(text: str, holds: bool, figures: str) -> str:
+    """One line: the claim, whether it holds, and the figures that say so."""
     return f"- {text}: {'holds' if holds else 'does not hold'} ({figures})"

@@ -3,7 +3,6 @@
 Tensor by tensor into the file, so that memory stays small; the same numbers for the same seed.
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -14,14 +13,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from benchmarks.shapes import SHAPES, TARGETS, Shape
+from benchmarks.spectra import decaying, gaussian
 from psoft_export.checkpoint.writer import ShardWriter, TensorSpec
 
 _SEED = 20261122
 _DTYPE = torch.bfloat16
-_NOISE = 0.02  # standard deviation of an entry, as Llama is initialised
-_RANK = 256  # singular values that stand out of the noise at most
-_DECAY = 0.7  # k-th of them falls as k^-0.7
-_TOP = 25.0  # the first, in units of the noise's largest: so about 100 stand out
 _GENERATOR_ENTRY = 0.01  # of Q; rotates planes by up to some 18 degrees at rank 64
 _VECTOR_DEVIATION = 0.02
 
@@ -77,18 +73,10 @@ def make_adapter(shape: Shape, rank: int, folder: Path) -> None:
 
 
 def _values(name: str, rows: int, columns: int, random: torch.Generator) -> Tensor:
-    noise = torch.randn(rows, columns, generator=random).mul_(_NOISE)
     if rows == 1:
-        return noise.add_(1)
-    if not name.startswith("model.layers."):
-        return noise
-    count = min(_RANK, rows // 2, columns // 2)
-    top = _TOP * _NOISE * (math.sqrt(rows) + math.sqrt(columns))
-    values = top * torch.arange(1, count + 1).pow(-_DECAY)
-    # Gaussian columns of length one are nearly orthogonal, so `values` are nearly singular values.
-    left = torch.randn(rows, count, generator=random).mul_(values / math.sqrt(rows))
-    right = torch.randn(count, columns, generator=random).div_(math.sqrt(columns))
-    return noise.addmm_(left, right)
+        return gaussian(rows, columns, random).add_(1)
+    make = decaying if name.startswith("model.layers.") else gaussian
+    return make(rows, columns, random)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """`psoft-export merge`: write the checkpoint in which an adapter is merged into its base."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,14 +10,20 @@ from rich.table import Table
 from psoft_export.cli.options import (
     AdapterOption,
     BaseOption,
+    CacheDirOption,
     DeviceOption,
     JsonOption,
+    NoCacheOption,
     QuietOption,
+    RequireRecordOption,
+    SvdDeviceOption,
     TokenOption,
 )
 from psoft_export.cli.output import Output, size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from psoft_export import MergePlan, MergeReport
 
 EXAMPLES = """
@@ -36,6 +42,10 @@ def merge_command(
     adapter: AdapterOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     device: DeviceOption = "auto",
+    svd_device: SvdDeviceOption = None,
+    require_record: RequireRecordOption = False,
+    cache_dir: CacheDirOption = None,
+    no_cache: NoCacheOption = False,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="fp32, fp16 or bf16 for all floats; default: as stored."),
@@ -81,6 +91,10 @@ def merge_command(
             adapter,
             output,
             device=device,
+            svd_device=svd_device,
+            require_record=require_record,
+            cache=not no_cache,
+            cache_dir=cache_dir,
             dtype=dtype,
             max_shard_size=max_shard_size,
             labels=names,
@@ -117,18 +131,24 @@ def _print_plan(console: Console, plan: "MergePlan") -> None:
     )
 
 
+def _basis(basis: "Mapping[str, Any]") -> str:
+    if (record := basis["record"]) is None:
+        return f"{basis['solver']} SVD in {basis['dtype']} on {basis['device']}; not recorded"
+    found = f"; vectors by {basis['solver']}" if record["kind"] == "signs" else ""
+    return f"recorded ({record['kind']}; {record['svd']}){found}"
+
+
 def _print_report(console: Console, report: "MergeReport") -> None:
     modules = report.modules
     deltas = sorted(module.relative_delta for module in modules)
-    svd, product = report.manifest["svd"], report.manifest["product"]
+    basis = report.manifest["basis"]
     rows = {
         "merged": f"{len(modules)} modules, rank {modules[0].rank}",
         "‖ΔW‖/‖W‖": f"{deltas[0]:.3g} to {deltas[-1]:.3g}",
         "largest rotation angle": f"{max(m.largest_angle for m in modules):.1f}°",
         "orthogonality error": f"{max(m.orthogonality_error for m in modules):.1e}",
         "rounding": f"{max(m.rounding_ulp for m in modules):.3f} ulp at most (0.5 is perfect)",
-        "basis": f"{svd['solver']} SVD in {svd['dtype']} on {svd['device']}; "
-        f"sum in {product['dtype']}",
+        "basis": _basis(basis),
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():

@@ -1,5 +1,6 @@
 """Options that several commands share, each named once."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,4 +25,21 @@ QuietOption = Annotated[
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
+]
+SvdDeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--svd-device",
+        help="Without a basis record: cpu or cuda, where training computed its SVD.",
+    ),
+]
+RequireRecordOption = Annotated[
+    bool, typer.Option("--require-record", help="Refuse an adapter without a basis record.")
+]
+CacheDirOption = Annotated[
+    Path | None,
+    typer.Option("--cache-dir", help="Cache of bases; default: PSOFT_EXPORT_CACHE, or the user's."),
+]
+NoCacheOption = Annotated[
+    bool, typer.Option("--no-cache", help="Neither read nor write the cache of bases.")
 ]

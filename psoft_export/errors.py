@@ -73,3 +73,15 @@ class MissingExtraError(PsoftExportError):
     """An optional package is needed and not installed."""
 
     exit_code = 11
+
+
+class RecordError(PsoftExportError):
+    """A basis record is damaged, of another version, or belongs to another adapter."""
+
+    exit_code = 12
+
+
+class RecordMissingError(PsoftExportError):
+    """`--require-record` was given, and the adapter has no basis record."""
+
+    exit_code = 13

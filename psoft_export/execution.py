@@ -3,8 +3,11 @@
 Reading, computing and writing overlap; memory is bounded by the largest target, not by the model.
 """
 
+import hashlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +28,19 @@ from psoft_export.algebra.rotation import (
     rotation_angles,
 )
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
-from psoft_export.basis.svd import find_basis
+from psoft_export.bases import BasisFinder
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
 from psoft_export.checkpoint.pipeline import WriteBehind, read_ahead
 from psoft_export.checkpoint.reader import FileReader, raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.writer import ShardWriter
-from psoft_export.errors import CheckpointError, NonFiniteError, UsageError
+from psoft_export.errors import CheckpointError, MismatchError, NonFiniteError, UsageError
 from psoft_export.manifest import ModuleReport
 from psoft_export.memory import release_freed_memory
 from psoft_export.plan import MergePlan, PlannedShard, PlannedTensor
 
 _CHUNKS_AHEAD = 2
+_WAITING_BYTES = 16 * 2**20  # copied tensors that may wait behind a target
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,30 @@ ProgressCallback = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """The next stretch of bytes that an output tensor is made from."""
+class _Copy:
+    """Bytes that an output tensor is copied from."""
 
     shard: PlannedShard
     tensor: PlannedTensor
     data: Tensor
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A weight to be merged, in its stored dtype, and the SHA-256 that its basis goes by."""
+
+    shard: PlannedShard
+    tensor: PlannedTensor
+    weight: Tensor
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """A target's bytes, in row blocks, and what is reported of it."""
+
+    blocks: list[Tensor]
+    report: ModuleReport
 
 
 class Run:
@@ -71,12 +93,17 @@ class Run:
     """
 
     def __init__(
-        self, plan: MergePlan, device: torch.device, progress: ProgressCallback | None
+        self,
+        plan: MergePlan,
+        bases: BasisFinder,
+        device: torch.device,
+        progress: ProgressCallback | None,
     ) -> None:
         """Prepare to carry out `plan` on `device`; reads nothing yet."""
         self.modules: list[ModuleReport] = []
         self.sha256: dict[str, str] = {}
         self._plan = plan
+        self._bases = bases
         self._device = device
         self._progress = progress
         self._total_targets = len(plan.targets)
@@ -84,29 +111,49 @@ class Run:
 
     def write_weights(self, folder: Path) -> None:
         """Write every weight file into `folder`."""
-        gathering: _Gathering | None = None
+        threads = torch.get_num_threads()
+        workers = threads if self._bases.concurrent else 1
         with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, threads)  # the workers changed it
             sink = stack.enter_context(_ShardSink(folder))
             writer = stack.enter_context(WriteBehind(sink.write, _CHUNKS_AHEAD))
-            for chunk in read_ahead(self._chunks(), _CHUNKS_AHEAD):
-                tensor = chunk.tensor
-                if tensor.module is None:
-                    blocks = iter([self._copied(chunk)])
+            pool = stack.enter_context(
+                ThreadPoolExecutor(
+                    workers, "psoft-merge", torch.set_num_threads, (threads // workers,)
+                )
+            )
+            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+            waiting = _Waiting(1 if workers == 1 else workers + 1)
+            for piece in read_ahead(self._pieces(), 1):
+                if isinstance(piece, _Target):
+                    waiting.add(piece, pool.submit(self._merged, piece))
                 else:
-                    gathering = gathering or _Gathering(_entry(tensor))
-                    gathering.add(chunk.data)
-                    if not gathering.complete:
-                        continue
-                    blocks = self._merged(tensor, gathering.weight)
-                    gathering = None
-                following = next(blocks, None)
-                while (data := following) is not None:
-                    # Ask for the next block first: after the last one, the target counts as done.
-                    following = next(blocks, None)
-                    writer.put((chunk.shard, data))
-                    self._report(tensor, data.numel())
+                    waiting.add(piece, None)
+                del piece
+                while waiting.is_full:
+                    self._emit(*waiting.next(), writer)
+            while waiting:
+                self._emit(*waiting.next(), writer)
 
-    def _chunks(self) -> Iterator[_Chunk]:
+    def _emit(
+        self,
+        piece: "_Copy | _Target",
+        future: "Future[_Merged] | None",
+        writer: "WriteBehind[tuple[PlannedShard, Tensor]]",
+    ) -> None:
+        """Hand the bytes of one piece to the writer, when they are there."""
+        if future is None:
+            assert isinstance(piece, _Copy)
+            blocks = [self._copied(piece)]
+        else:
+            merged = future.result()
+            blocks = merged.blocks
+            self.modules.append(merged.report)
+        for data in blocks:
+            writer.put((piece.shard, data))
+            self._report(piece.tensor, data.numel())
+
+    def _pieces(self) -> "Iterator[_Copy | _Target]":
         """The origin of every output byte, in the order of the output."""
         saved = self._plan.adapter.saved
         with ExitStack() as stack:
@@ -116,52 +163,73 @@ class Run:
             }
             for shard in self._plan.shards:
                 for tensor in shard.tensors:
-                    if tensor.saved is not None:
-                        yield _Chunk(shard, tensor, raw(saved[tensor.saved]))
+                    if tensor.module is not None:
+                        yield self._target(shard, tensor, readers)
+                    elif tensor.saved is not None:
+                        yield _Copy(shard, tensor, raw(saved[tensor.saved]))
                     else:
                         entry = _entry(tensor)
                         for data in readers[entry.file].chunks(entry):
-                            yield _Chunk(shard, tensor, data)
+                            yield _Copy(shard, tensor, data)
             for path, reader in readers.items():
                 self.sha256[path.name] = reader.sha256()
 
-    def _copied(self, chunk: _Chunk) -> Tensor:
+    def _target(
+        self, shard: PlannedShard, tensor: PlannedTensor, readers: dict[Path, FileReader]
+    ) -> _Target:
+        """Read a target; with a basis record, see that it is the weight recorded."""
+        weight, sha256, known = self._read_target(tensor, readers)
+        if not known:
+            strangers = [tensor.spec.name]
+            targets = self._plan.targets
+            for other in targets[targets.index(tensor) + 1 :]:
+                if not self._read_target(other, readers)[2]:
+                    strangers.append(other.spec.name)
+            listed = ", ".join(strangers[:3])
+            listed += f" and {len(strangers) - 3} more" if strangers[3:] else ""
+            raise MismatchError(
+                f"{self._plan.base.name}: not the base that the adapter's basis was recorded "
+                f"with; its values differ in {listed}; use that base, or record with this one"
+            )
+        return _Target(shard, tensor, weight, sha256)
+
+    def _read_target(
+        self, tensor: PlannedTensor, readers: dict[Path, FileReader]
+    ) -> tuple[Tensor, str, bool]:
+        """A weight, the SHA-256 of what training had of it, and whether the record knows it."""
+        entry, module = _entry(tensor), tensor.module
+        assert module is not None
+        weight, sha256 = readers[entry.file].tensor(entry)
+        dtype = self._bases.training_dtype(module) or entry.dtype
+        if dtype != entry.dtype:  # training loaded the base in another dtype
+            cast = raw(weight.to(TORCH_DTYPES[dtype]))
+            sha256 = hashlib.sha256(cast.numpy().data).hexdigest()
+        return weight, sha256, self._bases.check_base(module, dtype, entry.shape, sha256)
+
+    def _copied(self, piece: _Copy) -> Tensor:
         """The output bytes of a tensor that is not merged: its own, or cast to another dtype."""
-        tensor = chunk.tensor
+        tensor = piece.tensor
         if tensor.saved is not None:
             stored = CODES[self._plan.adapter.saved[tensor.saved].dtype]
         else:
             stored = _entry(tensor).dtype
         wanted = tensor.spec.dtype
-        values = typed(chunk.data, stored)
+        values = typed(piece.data, stored)
         if tensor.is_parameter and not all_finite(values):
             raise _damaged(_entry(tensor))
         if wanted == stored:
-            return chunk.data
+            return piece.data
         dtype = TORCH_DTYPES[wanted]
         cast = round_to_nearest(values, dtype) if stored == "F64" else values.to(dtype)
         if tensor.is_parameter and not all_finite(cast):
             raise _does_not_fit(tensor)
         return raw(cast)
 
-    def _merged(self, tensor: PlannedTensor, weight: Tensor) -> Iterator[Tensor]:
-        """The bytes of a merged weight, in row blocks; adds its report when done."""
-        assert tensor.module is not None
-        parameters = self._plan.adapter.rotations[tensor.module]
-        options = self._plan.adapter.basis_options
-        if not all_finite(weight):
-            raise _damaged(_entry(tensor))
+    def _merged(self, piece: _Target) -> _Merged:
+        """Merge one target; runs in a worker thread."""
+        tensor = piece.tensor
         try:
-            weight = weight.to(self._device)
-            release_freed_memory()
-            basis = find_basis(weight, options)
-            left, right = low_rank_factors(basis.a, basis.b, rotation(parameters), options.scaling)
-            figures = MergeFigures(product_norm(left, right))
-            dtype = TORCH_DTYPES[tensor.spec.dtype]
-            for block in merged_blocks(weight, left, right, dtype, figures):
-                if not figures.finite:
-                    raise _does_not_fit(tensor)
-                yield raw(block)
+            return self._merge_weight(tensor, piece.weight, piece.sha256)
         except torch.linalg.LinAlgError as cause:  # type: ignore[attr-defined]
             raise CheckpointError(
                 f"{_entry(tensor).file}: the SVD of '{tensor.spec.name}' does not converge"
@@ -171,20 +239,38 @@ class Run:
                 f"device {self._device}: too little GPU memory for '{tensor.spec.name}' "
                 f"{list(tensor.spec.shape)}; use --device cpu"
             ) from cause
+
+    def _merge_weight(self, tensor: PlannedTensor, weight: Tensor, sha256: str) -> _Merged:
+        module = tensor.module
+        assert module is not None
+        if not all_finite(weight):
+            raise _damaged(_entry(tensor))
+        release_freed_memory()
+        parameters = self._plan.adapter.rotations[module]
+        weight = weight.to(self._device)
+        trained = self._bases.training_dtype(module) or CODES[weight.dtype]
+        found = self._bases.find(module, weight.to(TORCH_DTYPES[trained]), sha256)
+        turn = rotation(parameters)
+        scaling = self._plan.adapter.basis_options.scaling
+        left, right = low_rank_factors(found.basis.a, found.basis.b, turn, scaling)
+        figures = MergeFigures(product_norm(left, right))
+        dtype = TORCH_DTYPES[tensor.spec.dtype]
+        blocks = [raw(block) for block in merged_blocks(weight, left, right, dtype, figures)]
+        if not figures.finite:
+            raise _does_not_fit(tensor)
         rows, columns = tensor.spec.shape
-        self.modules.append(
-            ModuleReport(
-                module=tensor.module,
-                tensor=tensor.spec.name,
-                shape=(rows, columns),
-                rank=parameters.rank,
-                relative_delta=figures.relative_delta,
-                largest_angle=math.degrees(float(rotation_angles(parameters)[0])),
-                orthogonality_error=orthogonality_error(core_rotation(parameters)),
-                rounding_ulp=figures.rounding_ulp,
-                rounding_relative=figures.relative_rounding,
-            )
+        report = ModuleReport(
+            module=module,
+            tensor=tensor.spec.name,
+            shape=(rows, columns),
+            rank=parameters.rank,
+            relative_delta=figures.relative_delta,
+            largest_angle=math.degrees(float(rotation_angles(parameters)[0])),
+            orthogonality_error=orthogonality_error(core_rotation(parameters)),
+            basis_uncertainty=found.uncertainty,
+            rounding_ulp=figures.rounding_ulp,
         )
+        return _Merged(blocks, report)
 
     def _report(self, tensor: PlannedTensor, nbytes: int) -> None:
         self._done_bytes += nbytes
@@ -200,24 +286,35 @@ class Run:
             )
 
 
-class _Gathering:
-    """A target's weight in float32, filled chunk by chunk, so that its bytes are never whole."""
+class _Waiting:
+    """Pieces on their way, in the order of the output; a bounded number of them."""
 
-    def __init__(self, entry: TensorEntry) -> None:
-        self.weight = torch.empty(entry.shape, dtype=torch.float32)
-        self._dtype = entry.dtype
-        self._filled = 0
+    def __init__(self, targets: int) -> None:
+        """Hold at most `targets` targets, and few copied bytes behind them."""
+        self._limit = targets
+        self._pieces: deque[tuple[_Copy | _Target, Future[_Merged] | None]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._pieces)
 
     @property
-    def complete(self) -> bool:
-        """Whether every entry has arrived."""
-        return self._filled == self.weight.numel()
+    def is_full(self) -> bool:
+        """Whether the first piece must go before another can be taken."""
+        if not self._pieces:
+            return False
+        futures = [future for _, future in self._pieces if future is not None]
+        copied = sum(p.data.numel() for p, _ in self._pieces if isinstance(p, _Copy))
+        first = self._pieces[0][1]
+        ready = first is None or first.done()
+        return ready or len(futures) >= self._limit or copied > _WAITING_BYTES
 
-    def add(self, data: Tensor) -> None:
-        """Take the next bytes; float16 and bfloat16 widen to float32 exactly."""
-        values = typed(data, self._dtype)
-        self.weight.view(-1)[self._filled : self._filled + len(values)] = values
-        self._filled += len(values)
+    def add(self, piece: _Copy | _Target, future: "Future[_Merged] | None") -> None:
+        """Take the next piece, with the work on it where there is some."""
+        self._pieces.append((piece, future))
+
+    def next(self) -> "tuple[_Copy | _Target, Future[_Merged] | None]":
+        """The first piece."""
+        return self._pieces.popleft()
 
 
 class _ShardSink:

@@ -27,9 +27,11 @@ class ModuleReport:
         relative_delta: ‖ΔW‖ / ‖W‖, Frobenius.
         largest_angle: largest rotation angle, in degrees.
         orthogonality_error: ‖CᵀC − I‖_F of the rotation before its scaling vectors.
-        rounding_ulp: largest distance of a merged entry from the exact sum, in units of the
+        basis_uncertainty: what is not known of ΔW relative to ‖ΔW‖, by the gaps of the singular
+            values and the precision of training's SVD, unknown signs apart; 0 with a full record,
+            None where it cannot be told (low-rank SVD without a record).
+        rounding_ulp: bound of the distance of a merged entry from the exact sum, in units of the
             last place of the output dtype; 0.5 is perfect.
-        rounding_relative: ‖merged − exact‖ / ‖W‖, Frobenius.
     """
 
     module: str
@@ -39,8 +41,8 @@ class ModuleReport:
     relative_delta: float
     largest_angle: float
     orthogonality_error: float
+    basis_uncertainty: float | None
     rounding_ulp: float
-    rounding_relative: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def manifest(
     adapter: Mapping[str, Any],
     class_name: str,
     options: Mapping[str, Any],
-    svd: Mapping[str, Any],
+    basis: Mapping[str, Any],
     product: Mapping[str, Any],
     modules: tuple[ModuleReport, ...],
     warnings: tuple[str, ...],
@@ -90,7 +92,7 @@ def manifest(
         "adapter": dict(adapter),
         "model_class": class_name,
         "options": dict(options),
-        "svd": dict(svd),
+        "basis": dict(basis),
         "product": dict(product),
         "modules": [asdict(module) | {"shape": list(module.shape)} for module in modules],
         "warnings": list(warnings),

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from psoft_export.adapters.psoft import load_adapter
-from psoft_export.algebra.merged_weight import (
-    product_dtype,
-    product_error_bound,
-)
+from psoft_export.algebra.merged_weight import product_dtype, product_error_bound
+from psoft_export.bases import BasisFinder
+from psoft_export.cache import BasisCache, open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.dtypes import parse_dtype
 from psoft_export.checkpoint.output import OutputFolder, check_target
@@ -22,8 +21,8 @@ from psoft_export.checkpoint.reader import (
     weight_files,
 )
 from psoft_export.checkpoint.source import resolve
-from psoft_export.device import choose_device, device_name
-from psoft_export.errors import AdapterError, CheckpointError, OutputError
+from psoft_export.device import choose_device
+from psoft_export.errors import AdapterError, CheckpointError, OutputError, RecordMissingError
 from psoft_export.execution import ProgressCallback, Run
 from psoft_export.manifest import FILENAME, MergeReport, manifest, source_record
 from psoft_export.plan import MergePlan, make_plan
@@ -37,6 +36,10 @@ def merge(
     output: str | Path,
     *,
     device: str = "auto",
+    svd_device: str | None = None,
+    require_record: bool = False,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     labels: Sequence[str] | None = None,
@@ -46,15 +49,21 @@ def merge(
 ) -> MergeReport:
     """Write the checkpoint in which a PSOFT adapter is merged into its base.
 
-    For every target module W + scaling · B (R − I) A, with the basis (A, B) that PEFT would find
-    on this device, summed in float64 and rounded once. Every other tensor is copied byte for
-    byte. The output folder appears only when it is complete.
+    For every target module W + scaling · B (R − I) A, each entry the number nearest to the exact
+    sum, with the basis (A, B) that the adapter's basis record gives; without a record, with the
+    one that PEFT would find on `svd_device`. Every other tensor is copied byte for byte. The
+    output folder appears only when it is complete.
 
     Args:
         base: folder or Hub id (`owner/name[@revision]`) of the base checkpoint.
         adapter: folder or Hub id of the adapter.
         output: folder to write.
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
+        svd_device: for an adapter without a basis record: the device that computed the SVD in
+            training; by default `device`. Ignored where there is a record.
+        require_record: refuse an adapter without a basis record.
+        cache: keep bases on disk, and take them from there.
+        cache_dir: folder of that cache; by default `$PSOFT_EXPORT_CACHE` or the user's cache.
         dtype: `fp32`, `fp16` or `bf16` for every floating tensor of the output; by default each
             keeps the dtype it is stored in.
         max_shard_size: largest weight file, as `"5GB"` or bytes; by default the base's own files.
@@ -74,11 +83,26 @@ def merge(
         >>> max(module.relative_delta for module in report.modules)
     """
     chosen = choose_device(device)
+    trained_on = choose_device(svd_device) if svd_device is not None else None
+    store = open_cache(cache_dir) if cache else None
     check_target(Path(output).absolute(), overwrite=overwrite)
     plan = plan_merge(
         base, adapter, dtype=dtype, max_shard_size=max_shard_size, labels=labels, token=token
     )
-    return execute_merge(plan, output, device=chosen, overwrite=overwrite, progress=progress)
+    if require_record and plan.adapter.record is None:
+        raise RecordMissingError(
+            f"{plan.adapter.source.name}: has no basis record (psoft_basis.safetensors); make one "
+            "with 'psoft-export record' on the machine that trained it"
+        )
+    return execute_merge(
+        plan,
+        output,
+        device=chosen,
+        svd_device=trained_on,
+        cache=store,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def plan_merge(
@@ -116,6 +140,8 @@ def execute_merge(
     output: str | Path,
     *,
     device: torch.device,
+    svd_device: torch.device | None = None,
+    cache: BasisCache | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
 ) -> MergeReport:
@@ -128,11 +154,12 @@ def execute_merge(
     with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
         companions.write_companions(files, folder.path)
         companions.write_config(plan.base.folder, plan.config_changes, folder.path)
-        run = Run(plan, device, progress)
+        bases = BasisFinder(plan.adapter, device=device, svd_device=svd_device, cache=cache)
+        run = Run(plan, bases, device, progress)
         run.write_weights(folder.path)
         if plan.is_indexed:
             companions.write_json(folder.path / (SAFETENSORS + INDEX), _weight_index(plan))
-        content = _manifest(plan, device, run, hashes)
+        content = _manifest(plan, device, bases, run, hashes)
         companions.write_json(folder.path / FILENAME, content)
         folder.commit()
     return MergeReport(target, tuple(run.modules), content)
@@ -168,9 +195,13 @@ def _companion_hashes(plan: MergePlan, files: Mapping[str, Path]) -> dict[str, d
 
 
 def _manifest(
-    plan: MergePlan, device: torch.device, run: Run, hashes: Mapping[str, Mapping[str, str]]
+    plan: MergePlan,
+    device: torch.device,
+    bases: BasisFinder,
+    run: Run,
+    hashes: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
-    adapter, options = plan.adapter, plan.adapter.basis_options
+    adapter = plan.adapter
     compute = product_dtype(device)
     return manifest(
         base=source_record(plan.base, {**run.sha256, **hashes["base"]}),
@@ -181,16 +212,11 @@ def _manifest(
             "max_shard_size": plan.max_shard_size,
             "labels": plan.config_changes.get("id2label"),
         },
-        svd={
-            "solver": options.solver,
-            "dtype": "float32",
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-        },
+        basis=bases.describe(),
         product={
             "dtype": str(compute).removeprefix("torch."),
-            "relative_error_bound": product_error_bound(options.rank, compute),
+            "relative_error_bound": product_error_bound(adapter.basis_options.rank, compute),
         },
         modules=tuple(run.modules),
-        warnings=plan.warnings,
+        warnings=(*plan.warnings, *bases.warnings),
     )

@@ -27,6 +27,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of bases of the test's own, in place of the user's."""
+    folder = tmp_path_factory.mktemp("cache") / "bases"
+    monkeypatch.setenv("PSOFT_EXPORT_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The folder of a small base model, by family name and dtype; made once a session."""

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from psoft_export.adapters.basis_record import FILENAME as RECORD
+from psoft_export.adapters.basis_record import BasisRecord, check_fits, read_record
 from psoft_export.algebra.rotation import CayleyNeumann, RotationParameters, generator_size
 from psoft_export.basis.svd import BasisOptions
 from psoft_export.checkpoint.reader import file_sha256, load_pickle
@@ -43,6 +45,7 @@ class Adapter:
         rotations: module path → stored parameters of its rotation.
         saved: tensors that replace or join the base's (`modules_to_save`), by model name.
         sha256: SHA-256 of each file read, by name.
+        record: its basis record, or None.
     """
 
     source: Source
@@ -52,6 +55,7 @@ class Adapter:
     rotations: Mapping[str, RotationParameters]
     saved: Mapping[str, Tensor]
     sha256: Mapping[str, str]
+    record: BasisRecord | None = None
 
     @property
     def parameter_count(self) -> int:
@@ -86,6 +90,7 @@ def load_adapter(adapter: str | Path, *, token: str | None = None) -> Adapter:
         AdapterError: a file is missing or malformed.
         UnsupportedError: it is not a PSOFT adapter.
         NonFiniteError: a tensor holds NaN or infinity.
+        RecordError: its basis record is damaged, or belongs to another adapter.
         HubError: the repository cannot be had.
 
     Example:
@@ -102,8 +107,12 @@ def load_adapter(adapter: str | Path, *, token: str | None = None) -> Adapter:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{path}: tensor '{name}' holds NaN or infinity; train again")
     rotations, saved = _sort_tensors(tensors, options, path)
-    sha256 = {name: file_sha256(source.folder / name, AdapterError) for name in (CONFIG, path.name)}
-    return Adapter(source, path.name, config, options.basis, rotations, saved, sha256)
+    record = read_record(source.folder)
+    if record is not None:
+        check_fits(record, rotations, options.basis)
+    files = (CONFIG, path.name, *([RECORD] if record else []))
+    sha256 = {name: file_sha256(source.folder / name, AdapterError) for name in files}
+    return Adapter(source, path.name, config, options.basis, rotations, saved, sha256, record)
 
 
 def adapter_files(names: Iterable[str]) -> list[str]:
@@ -111,7 +120,7 @@ def adapter_files(names: Iterable[str]) -> list[str]:
     top = [name for name in names if "/" not in name]
     weights = SAFETENSORS if SAFETENSORS in top else PICKLE
     small = (".json", ".txt", ".model", ".jinja")
-    return [n for n in top if n in (CONFIG, weights) or n.endswith(small)]
+    return [n for n in top if n in (CONFIG, weights, RECORD) or n.endswith(small)]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

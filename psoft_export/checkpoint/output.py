@@ -4,7 +4,10 @@ import ctypes
 import errno
 import fcntl
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -115,6 +118,27 @@ class OutputFolder:
             Path(self._lock.name).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A scratch path beside `path` whose file takes its name when the block ends without error.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    # A name of its own: two runs at once must not write into one scratch file.
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        try:
+            yield scratch
+            _sync(scratch)
+            scratch.replace(path)
+            _sync(path.parent)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as cause:
+        raise _output_error(path, cause) from cause
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:

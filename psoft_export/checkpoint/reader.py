@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
-from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header
+from psoft_export.checkpoint.safetensors_file import TensorEntry, read_fully, read_header
 from psoft_export.checkpoint.source import member
 from psoft_export.errors import CheckpointError, PsoftExportError, first_line
 
@@ -156,6 +155,25 @@ class FileReader:
                 self._read_into(data.numpy().data, entry.offset + start)
                 yield data
 
+    def tensor(self, entry: TensorEntry) -> tuple[Tensor, str]:
+        """A tensor in its stored dtype, and the SHA-256 of its bytes in hexadecimal.
+
+        Raises:
+            CheckpointError: as `chunks`.
+        """
+        digest = hashlib.sha256()
+        if self._file.tensors is not None:
+            values = raw(self._file.tensors[entry.name])
+            digest.update(values.numpy().data)
+        else:
+            values = torch.empty(entry.nbytes, dtype=torch.uint8)
+            view = values.numpy().data
+            for start in range(0, entry.nbytes, CHUNK_BYTES):  # hashed while in the CPU's caches
+                piece = view[start : start + CHUNK_BYTES]
+                self._read_into(piece, entry.offset + start)
+                digest.update(piece)
+        return typed(values, entry.dtype).view(entry.shape), digest.hexdigest()
+
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hexadecimal."""
         self._hash_to(self._file.path.stat().st_size)
@@ -169,17 +187,16 @@ class FileReader:
     def _read_into(self, buffer: memoryview, offset: int) -> None:
         if offset > self._hashed:
             self._hash_to(offset)  # what a plan skips is hashed all the same, while it is near
-        done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(self._handle.fileno(), [buffer[done:]], offset + done)
-            except OSError as cause:
-                raise CheckpointError(
-                    f"{self._file.path}: cannot be read ({cause.strerror})"
-                ) from cause
-            if not count:
-                raise CheckpointError(f"{self._file.path}: ends early; copy or download it again")
-            done += count
+        try:
+            read_fully(self._handle.fileno(), buffer, offset)
+        except EOFError as cause:
+            raise CheckpointError(
+                f"{self._file.path}: ends early; copy or download it again"
+            ) from cause
+        except OSError as cause:
+            raise CheckpointError(
+                f"{self._file.path}: cannot be read ({cause.strerror})"
+            ) from cause
         if offset <= self._hashed < offset + len(buffer):
             self._hash.update(buffer[self._hashed - offset :])
             self._hashed = offset + len(buffer)

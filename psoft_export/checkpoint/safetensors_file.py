@@ -4,10 +4,13 @@ Plain reads instead of a memory map, so that what a merge holds in memory is wha
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 from psoft_export.errors import CheckpointError, PsoftExportError, first_line
@@ -65,3 +68,35 @@ def read_header(
         entries.append(TensorEntry(name, info["dtype"], shape, path, start + begin, end - begin))
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     return entries, metadata
+
+
+def read_tensor(entry: TensorEntry, error: type[PsoftExportError] = CheckpointError) -> Tensor:
+    """One tensor of a safetensors file, by plain reads.
+
+    Raises:
+        PsoftExportError: of the class `error`: the file cannot be read or has become shorter.
+    """
+    data = torch.empty(entry.nbytes, dtype=torch.uint8)
+    try:
+        with entry.file.open("rb", buffering=0) as file:
+            read_fully(file.fileno(), data.numpy().data, entry.offset)
+    except EOFError as cause:
+        raise error(f"{entry.file}: ends early; copy or download it again") from cause
+    except OSError as cause:
+        raise error(f"{entry.file}: cannot be read ({cause.strerror})") from cause
+    return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+
+def read_fully(descriptor: int, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from a file's bytes at `offset`.
+
+    Raises:
+        EOFError: the file ends before.
+        OSError: it cannot be read.
+    """
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if not count:
+            raise EOFError
+        done += count

@@ -60,9 +60,11 @@ class ShardWriter:
         self, path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str]
     ) -> None:
         """Create the file and write its header."""
-        start = header(specs := list(specs), metadata)
+        self._specs = list(specs)
+        start = header(self._specs, metadata)
         self.path = path
-        self._expected = len(start) + sum(spec.nbytes for spec in specs)
+        self._header_bytes = len(start)
+        self._expected = len(start) + sum(spec.nbytes for spec in self._specs)
         self._written = 0
         self._handle = path.open("xb", buffering=0)
         self._write(memoryview(start))
@@ -70,6 +72,13 @@ class ShardWriter:
     def append(self, data: Tensor) -> None:
         """Write the next bytes (a flat uint8 tensor on the CPU)."""
         self._write(data.numpy().data)
+
+    def replace_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Write the header again with other metadata, which must take the same room."""
+        start = header(self._specs, metadata)
+        if len(start) != self._header_bytes:
+            raise RuntimeError(f"{self.path}: the new header has another length; a bug")
+        os.pwrite(self._handle.fileno(), start, 0)
 
     def close(self) -> None:
         """Flush the file to disk.

@@ -1,0 +1,299 @@
+"""The basis record: `psoft_basis.safetensors` beside an adapter, read and written.
+
+Version 1 of the format. Metadata: `format`, `version`, `kind` (`signs` or `full`), `rank`, `svd`
+(JSON: how the basis was found and scaled) and `base` (JSON: module → dtype, shape and SHA-256 of
+the weight it was found in). Tensors for every module: `singular_values`, `anchor`, `sign`,
+`cluster`, `cluster_A` and `cluster_B` (see `basis.signs.SignRecord`), or `A` and `B`.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from psoft_export.basis.signs import SignRecord
+from psoft_export.basis.svd import Basis, BasisOptions
+from psoft_export.checkpoint.dtypes import CODES
+from psoft_export.checkpoint.output import replacing_file
+from psoft_export.checkpoint.reader import raw
+from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header, read_tensor
+from psoft_export.checkpoint.writer import ShardWriter, TensorSpec, aligned_order
+from psoft_export.errors import RecordError
+
+FILENAME = "psoft_basis.safetensors"
+FORMAT = "psoft-basis"
+VERSION = "1"
+_UNKNOWN_SHA256 = "0" * 64
+
+Kind = Literal["signs", "full"]
+_SUFFIXES: dict[Kind, tuple[str, ...]] = {
+    "signs": ("singular_values", "anchor", "sign", "cluster", "cluster_A", "cluster_B"),
+    "full": ("A", "B"),
+}
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """The weight that a basis was found in: dtype code, shape, and SHA-256 of its bytes."""
+
+    dtype: str
+    shape: tuple[int, int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SvdDescription:
+    """How a recorded basis was found and scaled.
+
+    Attributes:
+        solver: `full` or `lowrank`, PEFT's names.
+        device: as `device.device_name` says.
+        library: such as `torch 2.13.0`.
+        dtype: dtype in which training held A and B.
+        scaling: alpha / r, which B carries.
+        initialisation: `psoft_init` or `pissa_init`.
+    """
+
+    solver: str
+    device: str
+    library: str
+    dtype: str
+    scaling: float
+    initialisation: str
+
+
+@dataclass(frozen=True)
+class BasisRecord:
+    """A record on disk. Its header is read and checked; the tensors are read when asked for.
+
+    Attributes:
+        path: the file.
+        kind: `signs` or `full`.
+        rank: r.
+        svd: how the basis was found.
+        base: module path → the weight it was found in.
+        entries: the file's tensors by name.
+    """
+
+    path: Path
+    kind: Kind
+    rank: int
+    svd: SvdDescription
+    base: Mapping[str, BaseTensor]
+    entries: Mapping[str, TensorEntry]
+
+    def signs(self, module: str) -> SignRecord:
+        """The signs of one module (kind `signs`).
+
+        Raises:
+            RecordError: the file cannot be read, or holds values that no record has.
+        """
+        record = SignRecord(*(self._tensor(module, suffix) for suffix in _SUFFIXES["signs"]))
+        rows = self.base[module].shape[0]
+        sound = (
+            bool((record.sign.abs() == 1).all())
+            and bool(((record.anchor >= 0) & (record.anchor < rows)).all())
+            and bool(((record.cluster >= 0) & (record.cluster < self.rank)).all())
+        )
+        if not sound:
+            raise RecordError(
+                f"{self.path}: the signs of '{module}' are out of range; record it again"
+            )
+        return record
+
+    def basis(self, module: str) -> Basis:
+        """A and B of one module (kind `full`), float32.
+
+        Raises:
+            RecordError: the file cannot be read, or holds NaN or infinity.
+        """
+        return Basis(self._tensor(module, "A"), self._tensor(module, "B"))
+
+    def _tensor(self, module: str, suffix: str) -> Tensor:
+        tensor = read_tensor(self.entries[f"{module}.{suffix}"], RecordError)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise RecordError(f"{self.path}: '{module}.{suffix}' holds NaN or infinity")
+        return tensor
+
+
+def read_record(folder: Path) -> BasisRecord | None:
+    """The basis record in an adapter's folder, or None where there is none.
+
+    Raises:
+        RecordError: the file is damaged, of another format or version, or incomplete.
+    """
+    path = folder / FILENAME
+    if not path.exists():
+        return None
+    entries, metadata = read_header(path, RecordError)
+    if metadata.get("format") != FORMAT:
+        raise RecordError(f"{path}: not a basis record (its metadata lacks format '{FORMAT}')")
+    if metadata.get("version") != VERSION:
+        raise RecordError(
+            f"{path}: version {metadata.get('version')!r} of the format; this release reads "
+            f"version '{VERSION}'; use a release that knows it, or record again"
+        )
+    try:
+        kind = metadata["kind"]
+        rank = int(metadata["rank"])
+        svd = SvdDescription(**json.loads(metadata["svd"]))
+        base = {
+            module: BaseTensor(
+                str(origin["dtype"]).strip(),
+                (int(origin["shape"][0]), int(origin["shape"][1])),
+                str(origin["sha256"]),
+            )
+            for module, origin in json.loads(metadata["base"]).items()
+        }
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as cause:
+        raise RecordError(f"{path}: its metadata is not that of a basis record") from cause
+    if kind not in _SUFFIXES:
+        raise RecordError(f"{path}: kind {kind!r} is neither 'signs' nor 'full'")
+    by_name = {entry.name: entry for entry in entries}
+    record = BasisRecord(path, cast(Kind, kind), rank, svd, base, by_name)
+    _check_tensors(record)
+    return record
+
+
+def check_fits(record: BasisRecord, modules: Iterable[str], options: BasisOptions) -> None:
+    """Check that a record is one of this adapter.
+
+    Raises:
+        RecordError: another rank, scaling, initialisation or solver, or a module is missing.
+    """
+    path = record.path
+    wanted = {
+        "rank": (record.rank, options.rank),
+        "scaling (psoft_alpha / r)": (record.svd.scaling, options.scaling),
+        "ab_svd_init": (record.svd.initialisation, options.initialisation),
+        "psoft_svd": (record.svd.solver, options.solver),
+    }
+    for field, (recorded, needed) in wanted.items():
+        if recorded != needed:
+            raise RecordError(
+                f"{path}: was recorded with {field} {recorded}, the adapter has {needed}; "
+                "it belongs to another adapter"
+            )
+    missing = [module for module in modules if module not in record.base]
+    if missing:
+        raise RecordError(
+            f"{path}: lacks module '{missing[0]}' of the adapter ({len(missing)} such); "
+            "it belongs to another adapter"
+        )
+    if options.solver == "lowrank" and record.kind == "signs":
+        raise RecordError(
+            f"{path}: holds signs only, but the basis of a 'lowrank' adapter cannot be found "
+            "again; it needs a record of kind 'full'"
+        )
+
+
+def write_record(
+    folder: Path,
+    kind: Kind,
+    rank: int,
+    svd: SvdDescription,
+    shapes: Mapping[str, tuple[int, int]],
+    layers: Iterable[tuple[str, BaseTensor, SignRecord | Basis]],
+) -> Path:
+    """Write `psoft_basis.safetensors` into `folder`, whole or not at all; replaces an earlier one.
+
+    Records of kind `full` are written as they come, so that one module at a time is in memory.
+
+    Args:
+        folder: the adapter's folder.
+        kind: what `layers` holds.
+        rank: r.
+        svd: how the basis was found.
+        shapes: module path → out × in of its weight, in the order of `layers`.
+        layers: module path, its weight, and its signs (kind `signs`) or basis (kind `full`).
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    base = {m: BaseTensor("BF16", shape, _UNKNOWN_SHA256) for m, shape in shapes.items()}
+    path = folder / FILENAME
+    with replacing_file(path) as scratch:
+        if kind == "signs":
+            records = {}
+            for module, origin, record in layers:
+                base[module] = origin
+                records |= {f"{module}.{n}": t for n, t in _sign_tensors(record).items()}
+            named = {n: TensorSpec(n, CODES[t.dtype], tuple(t.shape)) for n, t in records.items()}
+            specs = aligned_order(named.values())
+            writer = ShardWriter(scratch, specs, _metadata(kind, rank, svd, base))
+            for spec in specs:
+                writer.append(raw(records[spec.name]))
+        else:
+            specs = [
+                TensorSpec(f"{module}.{name}", "F32", extents)
+                for module, (rows, columns) in shapes.items()
+                for name, extents in (("A", (rank, columns)), ("B", (rows, rank)))
+            ]
+            # The hashes are known at the end; the header has room for them from the start.
+            writer = ShardWriter(scratch, specs, _metadata(kind, rank, svd, base))
+            for module, origin, basis in layers:
+                base[module] = origin
+                assert isinstance(basis, Basis)
+                writer.append(raw(basis.a.float()))
+                writer.append(raw(basis.b.float()))
+            writer.replace_metadata(_metadata(kind, rank, svd, base))
+        writer.close()
+    return path
+
+
+def _sign_tensors(record: SignRecord | Basis) -> dict[str, Tensor]:
+    assert isinstance(record, SignRecord)
+    values = (getattr(record, field.name) for field in fields(record))
+    return dict(zip(_SUFFIXES["signs"], values, strict=True))
+
+
+def _metadata(
+    kind: Kind, rank: int, svd: SvdDescription, base: Mapping[str, BaseTensor]
+) -> dict[str, str]:
+    origins = {
+        # Padded, so that the header's length does not depend on what is filled in later.
+        module: {"dtype": f"{origin.dtype:4}", "shape": origin.shape, "sha256": origin.sha256}
+        for module, origin in base.items()
+    }
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": kind,
+        "rank": str(rank),
+        "svd": json.dumps(asdict(svd), sort_keys=True),
+        "base": json.dumps(origins, sort_keys=True),
+    }
+
+
+def _check_tensors(record: BasisRecord) -> None:
+    """Every tensor that the record must have, with its shape and dtype."""
+    rank = record.rank
+    for module, base in record.base.items():
+        rows, columns = base.shape
+        shapes: dict[str, tuple[str, tuple[int, ...]]]
+        if record.kind == "full":
+            shapes = {"A": ("F32", (rank, columns)), "B": ("F32", (rows, rank))}
+        else:
+            cluster = record.entries.get(f"{module}.cluster")
+            count = cluster.shape[0] if cluster and len(cluster.shape) == 1 else 0
+            shapes = {
+                "singular_values": ("F32", (rank,)),
+                "anchor": ("I32", (rank,)),
+                "sign": ("I8", (rank,)),
+                "cluster": ("I32", (count,)),
+                "cluster_A": ("F32", (count, columns)),
+                "cluster_B": ("F32", (rows, count)),
+            }
+        for suffix, (dtype, shape) in shapes.items():
+            entry = record.entries.get(f"{module}.{suffix}")
+            if entry is None:
+                raise RecordError(f"{record.path}: lacks tensor '{module}.{suffix}'")
+            if (entry.dtype, entry.shape) != (dtype, shape):
+                raise RecordError(
+                    f"{record.path}: tensor '{module}.{suffix}' is {entry.dtype} "
+                    f"{list(entry.shape)}; {dtype} {list(shape)} is needed"
+                )

@@ -1,0 +1,192 @@
+"""Where a module's basis comes from: its record, the cache, the solver, or the training's SVD."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psoft_export.adapters.psoft import Adapter
+from psoft_export.algebra.rotation import rotation
+from psoft_export.basis.signs import SignMismatchError, delta_uncertainty, restore
+from psoft_export.basis.solver import SOLVER, leading_triplets
+from psoft_export.basis.svd import Basis, Triplets, make_basis, training_svd
+from psoft_export.cache import BasisCache, CachedTriplets
+from psoft_export.device import device_name
+from psoft_export.errors import MismatchError
+
+NO_RECORD = (
+    "the adapter has no basis record, so nobody knows the signs of its singular vectors: taken "
+    "are those of the SVD on {device} here. Where training's were others the result is wrong, and "
+    "nothing else will tell. Check the task loss, or run 'psoft-export record' on the machine "
+    "that trained; --svd-device says which kind of device computed the SVD there"
+)
+
+
+@dataclass(frozen=True)
+class FoundBasis:
+    """A module's basis.
+
+    Attributes:
+        basis: A and B, float32, on the device that merges.
+        uncertainty: what is not known of ΔW relative to ‖ΔW‖, unknown signs apart
+            (`basis.signs.delta_uncertainty`); None where σ_{r+1} is not known.
+    """
+
+    basis: Basis
+    uncertainty: float | None
+
+
+class BasisFinder:
+    """Finds the basis of each module of one adapter.
+
+    From a `full` record it is read. From a `signs` record the singular vectors are found by
+    `basis.solver` (or in the cache) and the record's signs applied. Without a record it is the
+    SVD that PEFT would compute on `svd_device`.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        *,
+        device: torch.device,
+        svd_device: torch.device | None = None,
+        cache: BasisCache | None = None,
+    ) -> None:
+        """Prepare for one adapter.
+
+        Args:
+            adapter: the adapter, with its record if it has one.
+            device: where bases are needed.
+            svd_device: where training computed its SVD, used without a record; default: `device`.
+            cache: bases found before, or None.
+        """
+        self._adapter = adapter
+        self._device = device
+        self._svd_device = svd_device or device
+        self._cache = cache
+        self._solver = SOLVER if adapter.record else _svd_name(self._svd_device)
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several modules at a time are faster than one after the other.
+
+        The full SVD is not among these: it wants all threads, and its signs depend on their
+        number.
+        """
+        return self._adapter.record is not None and self._device.type == "cpu"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know, one plain sentence each."""
+        found = []
+        if self._adapter.record is None:
+            found.append(NO_RECORD.format(device=device_name(self._svd_device)))
+        if self._cache is not None and self._cache.problem:
+            found.append(self._cache.problem)
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """How bases are found, for the manifest."""
+        record, options = self._adapter.record, self._adapter.basis_options
+        if record is None:
+            origin: dict[str, Any] = {"record": None}
+        else:
+            svd = record.svd
+            origin = {
+                "record": {
+                    "kind": record.kind,
+                    "sha256": self._adapter.sha256[record.path.name],
+                    "svd": f"{svd.solver}, {svd.device}, {svd.library}",
+                }
+            }
+        if record is not None and record.kind == "full":
+            return origin
+        if record is not None:
+            return origin | {"solver": SOLVER, "dtype": "float64", "device": self._device.type}
+        return origin | {
+            "solver": options.solver,
+            "dtype": "float32",
+            "device": device_name(self._svd_device),
+            "threads": torch.get_num_threads(),
+        }
+
+    def check_base(self, module: str, dtype: str, shape: tuple[int, ...], sha256: str) -> bool:
+        """Whether the weight is the one that the record was made from; True without a record."""
+        if self._adapter.record is None:
+            return True
+        origin = self._adapter.record.base[module]
+        return (origin.dtype, origin.shape, origin.sha256) == (dtype, shape, sha256)
+
+    def training_dtype(self, module: str) -> str | None:
+        """Dtype code of the weight that the record was made from, or None without a record."""
+        record = self._adapter.record
+        return record.base[module].dtype if record is not None else None
+
+    def find(self, module: str, weight: Tensor, sha256: str) -> FoundBasis:
+        """The basis of one module.
+
+        Args:
+            module: module path, as the adapter names it.
+            weight: W, out × in, as training had it, on any device.
+            sha256: SHA-256 of its bytes.
+
+        Raises:
+            RecordError: the record cannot be read.
+            MismatchError: the record's singular values are not those of W.
+        """
+        record, options = self._adapter.record, self._adapter.basis_options
+        if record is not None and record.kind == "full":
+            found = record.basis(module)
+            return FoundBasis(Basis(found.a.to(self._device), found.b.to(self._device)), 0.0)
+        triplets, next_value = self._triplets(weight, sha256)
+        held = None
+        if record is None:
+            basis = make_basis(triplets, options)
+        else:
+            signs = record.signs(module)
+            held = signs.cluster
+            try:
+                basis = restore(triplets, signs, options)
+            except SignMismatchError as cause:
+                raise MismatchError(
+                    f"{record.path}: module '{module}': {cause}; record the adapter again"
+                ) from cause
+        uncertainty = None
+        if next_value is not None:
+            turn = rotation(self._adapter.rotations[module])
+            uncertainty = delta_uncertainty(triplets.values, next_value, turn, held)
+        return FoundBasis(basis, uncertainty)
+
+    def _triplets(self, weight: Tensor, sha256: str) -> tuple[Triplets, float | None]:
+        """The leading triplets on the merging device, from the cache or found now."""
+        options = self._adapter.basis_options
+        cacheable = self._cache is not None and options.solver == "full"
+        if cacheable and self._cache is not None:
+            cached = self._cache.get(sha256, self._solver, options.rank)
+            if cached is not None:
+                return _on(cached.triplets, self._device), cached.next_value
+        if self._adapter.record is not None:
+            solution = leading_triplets(weight.to(self._device), options.rank)
+            triplets, next_value = solution.triplets, solution.certificate.next_value
+        else:
+            single = weight.to(self._svd_device).to(torch.float32)
+            found, following = training_svd(single, options)
+            triplets, next_value = _on(found, self._device), following
+        if cacheable and self._cache is not None:
+            self._cache.put(sha256, self._solver, CachedTriplets(triplets, next_value))
+        return triplets, next_value
+
+
+def _on(triplets: Triplets, device: torch.device) -> Triplets:
+    return Triplets(triplets.left.to(device), triplets.values.to(device), triplets.right.to(device))
+
+
+def _svd_name(device: torch.device) -> str:
+    """Everything that the signs of `torch.linalg.svd` are known to depend on."""
+    if device.type == "cuda":
+        where = f"{device_name(device)}, cuda {torch.version.cuda}"
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        where = f"cpu {capability}, {torch.get_num_threads()} threads"
+    return f"torch.linalg.svd float32, torch {torch.__version__}, {where}"

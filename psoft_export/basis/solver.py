@@ -1,0 +1,249 @@
+"""The leading singular triplets of a weight, found without a full SVD, with a certificate.
+
+Block Lanczos on the Gram matrix of the short side, in float64 throughout, with full
+orthogonalisation and no restart; small problems go to an eigensolver instead. What is found is
+measured against W afterwards, and what cannot be certified is found by the full SVD. Why this
+method, and what else was measured: `docs/solver.md`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psoft_export.basis.svd import Triplets
+
+SOLVER = "block-lanczos/1"  # goes up whenever the bits of a result can change
+
+_BLOCK = 16
+_SEED = 20261122
+_EPS = torch.finfo(torch.float64).eps
+_TOLERANCE = 2.0**-26  # of a vector, as an angle: a quarter of float32's rounding
+_ACCEPTED = 2.0**-24
+_RESIDUAL_FLOOR = 256 * _EPS  # what float64 products leave, relative to σ₁
+_SMALL_SIDE = 512  # up to here the whole Gram matrix is cheaper than a Krylov space
+_LARGE_SHARE = 1 / 8  # r beyond this share of the short side: likewise
+_KRYLOV_SHARE = 0.6  # of the short side; a larger space costs more than the whole spectrum
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is known of a set of triplets, measured afterwards in float64 against W.
+
+    Attributes:
+        method: `block-lanczos`, `gram` or `svd`.
+        residual: the largest ‖Wᵀuᵢ − σᵢvᵢ‖ for i ≤ r (of the long side where W is wide: ‖Wvᵢ −
+            σᵢuᵢ‖), relative to σ₁; the other of the two is zero to rounding by construction.
+        orthogonality: the largest entry of |UᵀU − I| and |VᵀV − I|.
+        vector_error: bound of the angle between a found vector and the true one, in radians,
+            turning among the found vectors themselves apart (of second order in the residual).
+        gap: the smallest distance of neighbours among σ₁ … σ_{r+1}, relative to σ₁.
+        next_value: σ_{r+1}, or 0 where there is none.
+        columns: dimension of the Krylov space; 0 for the other methods.
+    """
+
+    method: str
+    residual: float
+    orthogonality: float
+    vector_error: float
+    gap: float
+    next_value: float
+    columns: int
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the vectors are right to float32, or as right as float64 can make them."""
+        if not self.orthogonality <= _ACCEPTED:
+            return False
+        return self.vector_error <= _ACCEPTED or self.residual <= _RESIDUAL_FLOOR
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Leading triplets, float32 (rounded once from float64), and their certificate."""
+
+    triplets: Triplets
+    certificate: Certificate
+
+
+def leading_triplets(weight: Tensor, rank: int) -> Solution:
+    """The r leading singular triplets of W, as a float64 SVD rounded to float32 would give them.
+
+    Deterministic for a given device and thread count. Signs are arbitrary, as those of any SVD.
+
+    Args:
+        weight: W, out × in, float32, float16 or bfloat16, finite, on the device to compute on.
+        rank: r, at most min(out, in).
+
+    Returns:
+        The triplets and what certifies them. `certificate.method` is `svd` where the faster
+        methods could not be certified (no gap behind the vectors, W of lower rank, say).
+    """
+    rows, columns = weight.shape
+    tall = rows > columns
+    matrix = weight.double()
+    short = matrix.T if tall else matrix  # k × l, k ≤ l; a view
+    size = short.shape[0]
+    kept = min(size, rank + max(16, rank // 4))
+    found = None
+    if size > _SMALL_SIDE and rank <= _LARGE_SHARE * size:
+        found = _certified(short, _lanczos(short, rank, kept), rank, "block-lanczos")
+    if found is None:
+        found = _certified(short, _gram(short, kept), rank, "gram")
+    if found is None:
+        found = _full(short, kept, rank)
+    near, values, far, certificate = found
+    left, right = (far.T, near) if tall else (near.T, far)
+    triplets = Triplets(left, values, right).truncated(rank).to(torch.float32)
+    return Solution(triplets, certificate)
+
+
+# Below, `short` is W or Wᵀ as k × l with k ≤ l. Singular vectors stand in rows: `near` (p × k)
+# on the short side, `far` (p × l) on the long one.
+_Found = tuple[Tensor, Tensor, Tensor, Certificate]
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Orthonormal rows (p × k) that span the leading vectors, and the space they come from."""
+
+    vectors: Tensor
+    columns: int = 0
+
+
+def _certified(short: Tensor, space: _Space | None, rank: int, method: str) -> _Found | None:
+    """The triplets within a space, or None where they cannot be certified."""
+    if space is None:
+        return None
+    # Rayleigh–Ritz: near @ short = values · far holds by construction.
+    image = space.vectors @ short
+    orthonormal, triangle = torch.linalg.qr(image.T)
+    turn, values, far = torch.linalg.svd(triangle.T)
+    near, far = turn.T @ space.vectors, far @ orthonormal.T
+    certificate = _certificate(short, near, values, far, rank, method, space.columns)
+    return (near, values, far, certificate) if certificate.accepted else None
+
+
+def _full(short: Tensor, kept: int, rank: int) -> _Found:
+    left, values, right = torch.linalg.svd(short, full_matrices=False)
+    near, values, far = left.T[:kept], values[:kept], right[:kept]
+    return near, values, far, _certificate(short, near, values, far, rank, "svd", 0)
+
+
+def _gram(short: Tensor, kept: int) -> _Space:
+    _, vectors = torch.linalg.eigh(short @ short.T)
+    return _Space(vectors.flip(1)[:, :kept].T)
+
+
+def _lanczos(short: Tensor, rank: int, kept: int) -> _Space | None:
+    """The leading `kept` Ritz vectors of short · shortᵀ, or None where it does not converge.
+
+    Stops when the first `rank` of them are within `_TOLERANCE` by their residuals.
+    """
+    size = short.shape[0]
+    limit = int(_KRYLOV_SHARE * size) // _BLOCK * _BLOCK
+    basis = torch.empty(limit, size, dtype=torch.float64, device=short.device)
+    projected = torch.zeros(limit, limit, dtype=torch.float64)
+    # Drawn on the CPU, so that it is the same start on every device.
+    start = torch.randn(size, _BLOCK, dtype=torch.float64, generator=_generator())
+    block = torch.linalg.qr(start.to(short.device))[0].T.contiguous()
+    schedule = _Schedule(first=3 * kept)
+    columns = 0
+    while columns + _BLOCK <= limit:
+        basis[columns : columns + _BLOCK] = block
+        image = (block @ short) @ short.T
+        columns += _BLOCK
+        # In exact arithmetic only the last two blocks matter; the whole basis takes up rounding.
+        first, rows = max(0, columns - 2 * _BLOCK), slice(columns - _BLOCK, columns)
+        for since in (first, 0):
+            known = basis[since:columns]
+            weights = image @ known.T
+            image -= weights @ known
+            projected[rows, since:columns] += weights.cpu()
+        orthonormal, triangle = torch.linalg.qr(image.T)
+        block, coupling = orthonormal.T.contiguous(), triangle.cpu()
+        exhausted = float(coupling.diagonal().abs().min()) <= _EPS * float(projected[0, 0]) * size
+        if columns < schedule.next and not exhausted:
+            continue
+        lower = projected[:columns, :columns].tril()
+        values, vectors = torch.linalg.eigh(lower + lower.tril(-1).T)
+        values, vectors = values.flip(0), vectors.flip(1)
+        residuals = torch.linalg.vector_norm(coupling @ vectors[rows, :rank], dim=0)
+        if columns <= kept:
+            if exhausted:
+                return None  # W has fewer directions than asked for
+            continue
+        error = float((residuals / (values[:rank] - values[kept - 1])).max())
+        if exhausted or error <= _TOLERANCE:
+            if _crowded(values[:kept]):
+                return None
+            leading = vectors[:, :kept].T.to(short.device)
+            return _Space(leading @ basis[:columns], columns)
+        schedule.update(columns, error)
+    return None
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(_SEED)
+
+
+def _crowded(values: Tensor) -> bool:
+    """Whether as many eigenvalues as a block is wide coincide: there may be more of them.
+
+    A Krylov space holds at most as many vectors of one eigenvalue as its blocks are wide.
+    """
+    spread = values[: -_BLOCK + 1] - values[_BLOCK - 1 :]
+    return bool((spread <= 1e-8 * values[0]).any())
+
+
+class _Schedule:
+    """When to look at the Ritz values next: an eigenproblem costs as much as several steps."""
+
+    def __init__(self, first: int) -> None:
+        """Look at `first` columns for the first time."""
+        self.next = first
+        self._last: tuple[int, float] | None = None
+
+    def update(self, columns: int, error: float) -> None:
+        """Place the next look where the error, falling on as since the last, is small enough."""
+        step = columns // 4
+        if self._last is not None:
+            before, previous = self._last
+            if 0 < error < 0.3 * previous:
+                rate = math.log(previous / error) / (columns - before)
+                step = min(int(0.85 * math.log(error / _TOLERANCE) / rate), columns // 3)
+        self._last = (columns, error)
+        self.next = columns + max(_BLOCK, step)
+
+
+def _certificate(
+    short: Tensor,
+    near: Tensor,
+    values: Tensor,
+    far: Tensor,
+    rank: int,
+    method: str,
+    columns: int,
+) -> Certificate:
+    residual = torch.linalg.vector_norm(far @ short.T - values[:, None] * near, dim=1).cpu()
+    sigma = values.cpu()
+    whole = len(sigma) == short.shape[0]
+    outside = 0.0 if whole else float(sigma[-1] + residual[-1])
+    inner = sigma[:rank]
+    distance = (inner.square() - outside**2).clamp(min=0)
+    error = torch.where(residual[:rank] > 0, residual[:rank] * inner / distance, 0.0)
+    identity = torch.eye(len(sigma), dtype=torch.float64, device=near.device)
+    skew = max(float((v @ v.T - identity).abs().max()) for v in (near, far))
+    following = float(sigma[rank]) if rank < len(sigma) else 0.0
+    steps = inner - torch.cat([inner[1:], torch.tensor([following], dtype=torch.float64)])
+    largest = float(sigma[0]) or 1.0
+    return Certificate(
+        method=method,
+        residual=float(residual[:rank].max()) / largest,
+        orthogonality=skew,
+        vector_error=float(error.nan_to_num(math.inf).max()),
+        gap=float(steps.min()) / largest,
+        next_value=following,
+        columns=columns,
+    )

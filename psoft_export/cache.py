@@ -1,0 +1,234 @@
+"""Bases found once and kept on disk, shared by all runs of a user.
+
+One file an entry, named by the weight's SHA-256 and the solver; it holds the largest rank asked
+for so far and serves every smaller one. Files appear whole (written aside, then renamed), so
+several processes can use one folder without locks. An entry carries the SHA-256 of its numbers;
+one that does not agree is removed and found anew.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from psoft_export.basis.svd import Triplets
+from psoft_export.checkpoint.output import replacing_file
+from psoft_export.checkpoint.reader import raw
+from psoft_export.checkpoint.safetensors_file import read_header, read_tensor
+from psoft_export.checkpoint.writer import ShardWriter, TensorSpec
+from psoft_export.errors import CheckpointError, OutputError, UsageError
+
+DEFAULT_LIMIT_BYTES = 20 * 10**9
+_FOLDER_VARIABLE = "PSOFT_EXPORT_CACHE"
+_SUFFIX = ".basis.safetensors"
+_FORMAT = "psoft-basis-cache/1"
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One basis on disk.
+
+    Attributes:
+        path: its file.
+        weight: SHA-256 of the weight's bytes.
+        solver: how it was found, with everything that its signs depend on.
+        rank: number of triplets.
+        shape: out × in.
+        nbytes: size of the file.
+        last_used: time of the last use, in seconds since the epoch.
+    """
+
+    path: Path
+    weight: str
+    solver: str
+    rank: int
+    shape: tuple[int, int]
+    nbytes: int
+    last_used: float
+
+
+@dataclass(frozen=True)
+class CachedTriplets:
+    """Triplets from the cache or for it, and σ_{r+1} where it is known."""
+
+    triplets: Triplets
+    next_value: float | None
+
+
+class BasisCache:
+    """The cache in one folder.
+
+    `problem` is None, or one sentence on why entries could not be kept; a cache that cannot be
+    written never stops a run.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+        """Use `folder`, made when the first entry is; keep at most `limit_bytes` in it."""
+        self.folder = folder
+        self.problem: str | None = None
+        self._limit = limit_bytes
+
+    def get(self, weight: str, solver: str, rank: int) -> CachedTriplets | None:
+        """The first `rank` triplets of a weight, float32 on the CPU, or None.
+
+        Args:
+            weight: SHA-256 of the weight's bytes, in hexadecimal.
+            solver: name of the solver with all that its result depends on.
+            rank: number of triplets.
+        """
+        path = self._path(weight, solver)
+        try:
+            entries, metadata = read_header(path)
+            if metadata.get("format") != _FORMAT or metadata.get("solver") != solver:
+                raise CheckpointError(f"{path}: not an entry of this cache")
+            tensors = {entry.name: read_tensor(entry) for entry in entries}
+            if _digest(*(tensors[name] for name in _TENSORS)) != metadata.get("sha256"):
+                raise CheckpointError(f"{path}: damaged")
+            left, values, right = (tensors[name] for name in _TENSORS)
+            next_value = float(metadata["next_value"]) if "next_value" in metadata else None
+        except (CheckpointError, KeyError, ValueError):
+            self._discard(path)  # absent, damaged, or of another release
+            return None
+        if len(values) < rank:
+            return None
+        _touch(path)
+        if len(values) > rank:
+            next_value = float(values[rank])
+        triplets = Triplets(left.T, values, right).truncated(rank)
+        return CachedTriplets(triplets, next_value)
+
+    def put(self, weight: str, solver: str, found: CachedTriplets) -> None:
+        """Keep triplets (float32); forget the least recently used ones where room is short."""
+        triplets = found.triplets
+        tensors = {
+            "left": triplets.left.T.cpu().contiguous(),
+            "values": triplets.values.cpu(),
+            "right": triplets.right.cpu().contiguous(),
+        }
+        metadata = {
+            "format": _FORMAT,
+            "solver": solver,
+            "sha256": _digest(*(tensors[name] for name in _TENSORS)),
+        }
+        if found.next_value is not None:
+            metadata["next_value"] = repr(found.next_value)
+        specs = [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing_file(self._path(weight, solver)) as scratch:
+                writer = ShardWriter(scratch, specs, metadata)
+                for tensor in tensors.values():
+                    writer.append(raw(tensor))
+                writer.close()
+            self._make_room()
+        except (OutputError, OSError) as cause:
+            reason = str(cause) if isinstance(cause, OutputError) else cause.strerror
+            self.problem = (
+                f"the basis cache {self.folder} could not be written ({reason}); the result is "
+                "complete, but the next run finds these bases again. --cache-dir names another"
+            )
+
+    def entries(self) -> list[CacheEntry]:
+        """Every entry, the most recently used first."""
+        found = []
+        for path in self._files():
+            try:
+                status = path.stat()
+                tensors, metadata = read_header(path)
+                extents = {entry.name: entry.shape for entry in tensors}
+                found.append(
+                    CacheEntry(
+                        path,
+                        path.name.split("-")[0],
+                        metadata.get("solver", "unknown"),
+                        extents["values"][0],
+                        (extents["left"][1], extents["right"][1]),
+                        status.st_size,
+                        status.st_mtime,
+                    )
+                )
+            except (OSError, CheckpointError, KeyError):
+                continue  # removed meanwhile, or damaged: the next use discards it
+        return sorted(found, key=lambda entry: -entry.last_used)
+
+    def clear(self) -> int:
+        """Remove every entry; returns how many bytes that freed.
+
+        Raises:
+            OutputError: an entry cannot be removed.
+        """
+        freed = 0
+        for path in self._files():
+            try:
+                nbytes = path.stat().st_size
+                path.unlink()
+            except FileNotFoundError:
+                continue
+            except OSError as cause:
+                raise OutputError(f"{path}: cannot be removed ({cause.strerror})") from cause
+            freed += nbytes
+        return freed
+
+    def _files(self) -> Iterator[Path]:
+        return self.folder.glob(f"*{_SUFFIX}")
+
+    def _path(self, weight: str, solver: str) -> Path:
+        return self.folder / f"{weight}-{hashlib.sha256(solver.encode()).hexdigest()[:16]}{_SUFFIX}"
+
+    def _make_room(self) -> None:
+        sizes = []
+        for path in self._files():
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            sizes.append((status.st_mtime, status.st_size, path))
+        total = sum(nbytes for _, nbytes, _ in sizes)
+        for _, nbytes, path in sorted(sizes):
+            if total <= self._limit:
+                break
+            self._discard(path)
+            total -= nbytes
+
+    def _discard(self, path: Path) -> None:
+        with suppress(OSError):  # in a folder that is not ours to write; it is not used anyway
+            path.unlink(missing_ok=True)
+
+
+_TENSORS = ("left", "values", "right")
+
+
+def default_folder() -> Path:
+    """`$PSOFT_EXPORT_CACHE`, or `psoft-export` in the user's cache folder."""
+    if named := os.environ.get(_FOLDER_VARIABLE):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "psoft-export"
+
+
+def open_cache(folder: str | Path | None) -> BasisCache:
+    """The cache in `folder`, by default the user's.
+
+    Raises:
+        UsageError: the name is that of a file.
+    """
+    path = Path(folder).expanduser() if folder is not None else default_folder()
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"cache-dir '{path}' is a file, not a folder")
+    return BasisCache(path)
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(raw(tensor).numpy().data)
+    return digest.hexdigest()
+
+
+def _touch(path: Path) -> None:
+    with suppress(OSError):
+        os.utime(path)
