@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,22 +111,15 @@ class Run:
 
     def write_weights(self, folder: Path) -> None:
         """Write every weight file into `folder`."""
-        threads = torch.get_num_threads()
-        workers = threads if self._bases.concurrent else 1
+        workers = torch.get_num_threads() if self._bases.concurrent else 1
         with ExitStack() as stack:
-            stack.callback(torch.set_num_threads, threads)  # the workers changed it
             sink = stack.enter_context(_ShardSink(folder))
             writer = stack.enter_context(WriteBehind(sink.write, _CHUNKS_AHEAD))
-            pool = stack.enter_context(
-                ThreadPoolExecutor(
-                    workers, "psoft-merge", torch.set_num_threads, (threads // workers,)
-                )
-            )
-            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+            submit = stack.enter_context(_workers(workers))
             waiting = _Waiting(1 if workers == 1 else workers + 1)
             for piece in read_ahead(self._pieces(), 1):
                 if isinstance(piece, _Target):
-                    waiting.add(piece, pool.submit(self._merged, piece))
+                    waiting.add(piece, submit(self._merged, piece))
                 else:
                     waiting.add(piece, None)
                 del piece
@@ -284,6 +277,31 @@ class Run:
                     tensor.spec.name,
                 )
             )
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[Callable[..., "Future[_Merged]"]]:
+    """A way to start work: in `count` threads of one torch thread each, or here and now for one.
+
+    One worker means that torch's own threads do the work; those of a second thread would only
+    wait for the first's.
+    """
+    if count == 1:
+        yield _at_once
+        return
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "psoft-merge", torch.set_num_threads, (1,))
+    try:
+        yield pool.submit
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)  # threads made from now on would have one
+
+
+def _at_once(work: Callable[[_Target], _Merged], piece: _Target) -> "Future[_Merged]":
+    future: Future[_Merged] = Future()
+    future.set_result(work(piece))
+    return future
 
 
 class _Waiting:

@@ -1,7 +1,6 @@
 """Giving freed memory back to the operating system."""
 
 import ctypes
-import gc
 
 _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
@@ -12,6 +11,5 @@ def release_freed_memory() -> None:
     glibc learns to keep large blocks that were freed once. In a merge they all differ in size,
     so what it keeps is seldom used again and adds up to far more than the work needs.
     """
-    gc.collect()
     if _MALLOC_TRIM is not None:
         _MALLOC_TRIM(0)

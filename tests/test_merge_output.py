@@ -271,8 +271,8 @@ def test_lowrank_adapter_without_a_seed_warns(llama: Path, tmp_path: Path) -> No
     adapter = models.save_adapter("llama", llama, tmp_path / "adapter", psoft_svd="lowrank")
     assert not psoft_export.plan_merge(llama, adapter).warnings
     files.edit_json(adapter / "adapter_config.json", random_seed=None)
-    (warning,) = psoft_export.merge(llama, adapter, tmp_path / "out").manifest["warnings"]
-    assert "random_seed" in warning
+    seed, record = psoft_export.merge(llama, adapter, tmp_path / "out").manifest["warnings"]
+    assert "random_seed" in seed and "no basis record" in record
 
 
 def test_adapter_without_its_head_warns(base_folder: Any, tmp_path: Path) -> None:
@@ -347,7 +347,8 @@ def test_manifest_says_what_was_done(llama: Path, llama_adapter: Path, tmp_path:
             assert digest == sha256(folder / name), name
     assert "model.safetensors" in content["base"]["sha256"]
     assert content["options"]["dtype"] == "BF16"
-    assert content["svd"]["solver"] == "full" and content["svd"]["device"] == "cpu"
+    assert content["basis"]["record"] is None
+    assert content["basis"]["solver"] == "full" and content["basis"]["device"] == "cpu"
     assert str(tmp_path) not in json.dumps(content), "no path of the machine"
     exact = models.exact_weights(models.load_with_peft("llama", llama, llama_adapter))
     base = all_tensors(llama)
@@ -359,7 +360,7 @@ def test_manifest_says_what_was_done(llama: Path, llama_adapter: Path, tmp_path:
         assert 0 < module["largest_angle"] < 180
         assert module["orthogonality_error"] < 1e-13
         assert 0.4 < module["rounding_ulp"] <= 0.5
-        assert 0 < module["rounding_relative"] < 2**-8
+        assert 0 < module["basis_uncertainty"] < 1e-2
 
 
 def test_bundled_example_comes_out_whole(tmp_path: Path) -> None:
@@ -442,7 +443,7 @@ def test_interrupt_exits_with_130_and_leaves_nothing(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(execution, "find_basis", interrupt)
+    monkeypatch.setattr(execution.BasisFinder, "find", interrupt)
     arguments = ["merge", "--base", str(llama), "--adapter", str(llama_adapter)]
     assert run([*arguments, "--output", str(tmp_path / "out"), "--quiet"]) == 130
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
