@@ -46,13 +46,15 @@ class Output:
             self._messages.print(_escaped(text), highlight=False)
 
     @contextmanager
-    def merge_progress(self) -> Iterator[Callable[["MergeProgress"], None] | None]:
-        """A callback that shows how far a merge is: a bar on a terminal, lines elsewhere."""
+    def merge_progress(
+        self, verb: str = "merging"
+    ) -> Iterator[Callable[["MergeProgress"], None] | None]:
+        """A callback that shows how far a run is: a bar on a terminal, lines elsewhere."""
         if self._quiet:
             yield None
         elif self._messages.is_terminal:
             columns = (
-                TextColumn("merging"),
+                TextColumn(verb),
                 BarColumn(),
                 DownloadColumn(),
                 TextColumn("{task.fields[targets]}"),
@@ -69,9 +71,9 @@ class Output:
 
                 yield show
         else:
-            yield self._line_printer()
+            yield self._line_printer(verb)
 
-    def _line_printer(self) -> Callable[["MergeProgress"], None]:
+    def _line_printer(self, verb: str) -> Callable[["MergeProgress"], None]:
         printed = 0
 
         def show(step: "MergeProgress") -> None:
@@ -80,7 +82,7 @@ class Output:
             if share > printed:
                 printed = share
                 self.note(
-                    f"merging: {100 * step.done_bytes // step.total_bytes} %, "
+                    f"{verb}: {100 * step.done_bytes // step.total_bytes} %, "
                     f"{step.done_targets} of {step.total_targets} targets"
                 )
 

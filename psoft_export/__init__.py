@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from psoft_export.manifest import MergeReport, ModuleReport
     from psoft_export.merging import merge, plan_merge
     from psoft_export.plan import MergePlan
+    from psoft_export.recording import (
+        RecordedModule,
+        RecordReport,
+        check_record,
+        convert,
+        record,
+    )
+    from psoft_export.training import RecordBasisCallback, record_basis, restore_basis
 
 __all__ = [
     "Adapter",
@@ -30,10 +38,18 @@ __all__ = [
     "ModuleReport",
     "Progress",
     "PsoftExportError",
+    "RecordBasisCallback",
+    "RecordReport",
+    "RecordedModule",
+    "check_record",
+    "convert",
     "inspect",
     "load_adapter",
     "merge",
     "plan_merge",
+    "record",
+    "record_basis",
+    "restore_basis",
 ]
 
 _HOMES = {
@@ -45,10 +61,18 @@ _HOMES = {
     "ModuleReport": "manifest",
     "Progress": "execution",
     "PsoftExportError": "errors",
+    "RecordBasisCallback": "training",
+    "RecordReport": "recording",
+    "RecordedModule": "recording",
+    "check_record": "recording",
+    "convert": "recording",
     "inspect": "inspection",
     "load_adapter": "adapters.psoft",
     "merge": "merging",
     "plan_merge": "merging",
+    "record": "recording",
+    "record_basis": "training",
+    "restore_basis": "training",
 }
 
 

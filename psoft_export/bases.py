@@ -31,10 +31,12 @@ class FoundBasis:
         basis: A and B, float32, on the device that merges.
         uncertainty: what is not known of ΔW relative to ‖ΔW‖, unknown signs apart
             (`basis.signs.delta_uncertainty`); None where σ_{r+1} is not known.
+        next_value: σ_{r+1}, or None where it was not found.
     """
 
     basis: Basis
     uncertainty: float | None
+    next_value: float | None
 
 
 class BasisFinder:
@@ -111,18 +113,6 @@ class BasisFinder:
             "threads": torch.get_num_threads(),
         }
 
-    def check_base(self, module: str, dtype: str, shape: tuple[int, ...], sha256: str) -> bool:
-        """Whether the weight is the one that the record was made from; True without a record."""
-        if self._adapter.record is None:
-            return True
-        origin = self._adapter.record.base[module]
-        return (origin.dtype, origin.shape, origin.sha256) == (dtype, shape, sha256)
-
-    def training_dtype(self, module: str) -> str | None:
-        """Dtype code of the weight that the record was made from, or None without a record."""
-        record = self._adapter.record
-        return record.base[module].dtype if record is not None else None
-
     def find(self, module: str, weight: Tensor, sha256: str) -> FoundBasis:
         """The basis of one module.
 
@@ -138,7 +128,8 @@ class BasisFinder:
         record, options = self._adapter.record, self._adapter.basis_options
         if record is not None and record.kind == "full":
             found = record.basis(module)
-            return FoundBasis(Basis(found.a.to(self._device), found.b.to(self._device)), 0.0)
+            basis = Basis(found.a.to(self._device), found.b.to(self._device))
+            return FoundBasis(basis, 0.0, None)
         triplets, next_value = self._triplets(weight, sha256)
         held = None
         if record is None:
@@ -156,7 +147,7 @@ class BasisFinder:
         if next_value is not None:
             turn = rotation(self._adapter.rotations[module])
             uncertainty = delta_uncertainty(triplets.values, next_value, turn, held)
-        return FoundBasis(basis, uncertainty)
+        return FoundBasis(basis, uncertainty, next_value)
 
     def _triplets(self, weight: Tensor, sha256: str) -> tuple[Triplets, float | None]:
         """The leading triplets on the merging device, from the cache or found now."""
@@ -168,11 +159,12 @@ class BasisFinder:
                 return _on(cached.triplets, self._device), cached.next_value
         if self._adapter.record is not None:
             solution = leading_triplets(weight.to(self._device), options.rank)
-            triplets, next_value = solution.triplets, solution.certificate.next_value
+            triplets = solution.triplets
+            next_value: float | None = solution.certificate.next_value
         else:
             single = weight.to(self._svd_device).to(torch.float32)
-            found, following = training_svd(single, options)
-            triplets, next_value = _on(found, self._device), following
+            found, next_value = training_svd(single, options)
+            triplets = _on(found, self._device)
         if cacheable and self._cache is not None:
             self._cache.put(sha256, self._solver, CachedTriplets(triplets, next_value))
         return triplets, next_value

@@ -3,7 +3,6 @@
 Reading, computing and writing overlap; memory is bounded by the largest target, not by the model.
 """
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,13 +30,14 @@ from psoft_export.algebra.rounding import all_finite, round_to_nearest
 from psoft_export.bases import BasisFinder
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
 from psoft_export.checkpoint.pipeline import WriteBehind, read_ahead
-from psoft_export.checkpoint.reader import FileReader, raw, typed
+from psoft_export.checkpoint.reader import raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.writer import ShardWriter
-from psoft_export.errors import CheckpointError, MismatchError, NonFiniteError, UsageError
+from psoft_export.errors import CheckpointError, NonFiniteError, UsageError
 from psoft_export.manifest import ModuleReport
 from psoft_export.memory import release_freed_memory
 from psoft_export.plan import MergePlan, PlannedShard, PlannedTensor
+from psoft_export.weights import BaseReader, TargetWeight
 
 _CHUNKS_AHEAD = 2
 _WAITING_BYTES = 16 * 2**20  # copied tensors that may wait behind a target
@@ -68,12 +68,11 @@ class _Copy:
 
 @dataclass(frozen=True)
 class _Target:
-    """A weight to be merged, in its stored dtype, and the SHA-256 that its basis goes by."""
+    """A weight to be merged."""
 
     shard: PlannedShard
     tensor: PlannedTensor
-    weight: Tensor
-    sha256: str
+    weight: TargetWeight
 
 
 @dataclass(frozen=True)
@@ -149,55 +148,17 @@ class Run:
     def _pieces(self) -> "Iterator[_Copy | _Target]":
         """The origin of every output byte, in the order of the output."""
         saved = self._plan.adapter.saved
-        with ExitStack() as stack:
-            readers = {
-                file.path: stack.enter_context(FileReader(file))
-                for file in self._plan.checkpoint.files
-            }
+        with BaseReader(self._plan) as base:
             for shard in self._plan.shards:
                 for tensor in shard.tensors:
                     if tensor.module is not None:
-                        yield self._target(shard, tensor, readers)
+                        yield _Target(shard, tensor, base.target(tensor))
                     elif tensor.saved is not None:
                         yield _Copy(shard, tensor, raw(saved[tensor.saved]))
                     else:
-                        entry = _entry(tensor)
-                        for data in readers[entry.file].chunks(entry):
+                        for data in base.chunks(_entry(tensor)):
                             yield _Copy(shard, tensor, data)
-            for path, reader in readers.items():
-                self.sha256[path.name] = reader.sha256()
-
-    def _target(
-        self, shard: PlannedShard, tensor: PlannedTensor, readers: dict[Path, FileReader]
-    ) -> _Target:
-        """Read a target; with a basis record, see that it is the weight recorded."""
-        weight, sha256, known = self._read_target(tensor, readers)
-        if not known:
-            strangers = [tensor.spec.name]
-            targets = self._plan.targets
-            for other in targets[targets.index(tensor) + 1 :]:
-                if not self._read_target(other, readers)[2]:
-                    strangers.append(other.spec.name)
-            listed = ", ".join(strangers[:3])
-            listed += f" and {len(strangers) - 3} more" if strangers[3:] else ""
-            raise MismatchError(
-                f"{self._plan.base.name}: not the base that the adapter's basis was recorded "
-                f"with; its values differ in {listed}; use that base, or record with this one"
-            )
-        return _Target(shard, tensor, weight, sha256)
-
-    def _read_target(
-        self, tensor: PlannedTensor, readers: dict[Path, FileReader]
-    ) -> tuple[Tensor, str, bool]:
-        """A weight, the SHA-256 of what training had of it, and whether the record knows it."""
-        entry, module = _entry(tensor), tensor.module
-        assert module is not None
-        weight, sha256 = readers[entry.file].tensor(entry)
-        dtype = self._bases.training_dtype(module) or entry.dtype
-        if dtype != entry.dtype:  # training loaded the base in another dtype
-            cast = raw(weight.to(TORCH_DTYPES[dtype]))
-            sha256 = hashlib.sha256(cast.numpy().data).hexdigest()
-        return weight, sha256, self._bases.check_base(module, dtype, entry.shape, sha256)
+            self.sha256 = base.sha256()
 
     def _copied(self, piece: _Copy) -> Tensor:
         """The output bytes of a tensor that is not merged: its own, or cast to another dtype."""
@@ -222,7 +183,7 @@ class Run:
         """Merge one target; runs in a worker thread."""
         tensor = piece.tensor
         try:
-            return self._merge_weight(tensor, piece.weight, piece.sha256)
+            return self._merge_weight(tensor, piece.weight)
         except torch.linalg.LinAlgError as cause:  # type: ignore[attr-defined]
             raise CheckpointError(
                 f"{_entry(tensor).file}: the SVD of '{tensor.spec.name}' does not converge"
@@ -233,16 +194,15 @@ class Run:
                 f"{list(tensor.spec.shape)}; use --device cpu"
             ) from cause
 
-    def _merge_weight(self, tensor: PlannedTensor, weight: Tensor, sha256: str) -> _Merged:
+    def _merge_weight(self, tensor: PlannedTensor, target: TargetWeight) -> _Merged:
         module = tensor.module
         assert module is not None
-        if not all_finite(weight):
+        if not all_finite(target.values):
             raise _damaged(_entry(tensor))
         release_freed_memory()
         parameters = self._plan.adapter.rotations[module]
-        weight = weight.to(self._device)
-        trained = self._bases.training_dtype(module) or CODES[weight.dtype]
-        found = self._bases.find(module, weight.to(TORCH_DTYPES[trained]), sha256)
+        found = self._bases.find(module, target.as_trained, target.trained.sha256)
+        weight = target.values.to(self._device)
         turn = rotation(parameters)
         scaling = self._plan.adapter.basis_options.scaling
         left, right = low_rank_factors(found.basis.a, found.basis.b, turn, scaling)

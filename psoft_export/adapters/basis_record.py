@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -154,7 +154,7 @@ def read_record(folder: Path) -> BasisRecord | None:
     if kind not in _SUFFIXES:
         raise RecordError(f"{path}: kind {kind!r} is neither 'signs' nor 'full'")
     by_name = {entry.name: entry for entry in entries}
-    record = BasisRecord(path, cast(Kind, kind), rank, svd, base, by_name)
+    record = BasisRecord(path, kind, rank, svd, base, by_name)
     _check_tensors(record)
     return record
 
@@ -218,7 +218,7 @@ def write_record(
     path = folder / FILENAME
     with replacing_file(path) as scratch:
         if kind == "signs":
-            records = {}
+            records: dict[str, Tensor] = {}
             for module, origin, record in layers:
                 base[module] = origin
                 records |= {f"{module}.{n}": t for n, t in _sign_tensors(record).items()}

@@ -115,6 +115,16 @@ def load_adapter(adapter: str | Path, *, token: str | None = None) -> Adapter:
     return Adapter(source, path.name, config, options.basis, rotations, saved, sha256, record)
 
 
+def read_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """All tensors of an adapter's file, by their names there."""
+    return _read_tensors(adapter.source.folder / adapter.weights_file)
+
+
+def tensor_name(module: str, parameter: str) -> str:
+    """The name of a rotation's parameter (`weight`, `vector_a`, `vector_b`) in the file."""
+    return f"{_PREFIX}{module}.psoft_R.{parameter}"
+
+
 def adapter_files(names: Iterable[str]) -> list[str]:
     """Of a repository's file names, those of an adapter: its own, and its tokenizer's."""
     top = [name for name in names if "/" not in name]
@@ -247,7 +257,7 @@ def _rotation_parameters(
     if options.vector_b:
         expected["vector_b"] = (rank,)
     for name in sorted(expected.keys() | stored.keys()):
-        where = f"{path}: tensor '{_PREFIX}{module}.psoft_R.{name}'"
+        where = f"{path}: tensor '{tensor_name(module, name)}'"
         if name not in stored:
             raise AdapterError(f"{where} is missing, but {CONFIG} says the adapter has it")
         if name not in expected:

@@ -171,7 +171,8 @@ class _Interval:
             words = flat.view(torch.int64).nonzero()
             entries = (4 * words + torch.arange(4, device=words.device)).view(-1)
             undecided = entries.index_select(0, flat.index_select(0, entries).nonzero()[:, 0])
-        for picked in undecided.split(_RECOMPUTED):
+        for first in range(0, len(undecided), _RECOMPUTED):
+            picked = undecided[first : first + _RECOMPUTED]
             # index_select and in-place products: four times as fast as plain indexing here.
             rows = picked // single.shape[1] + start
             change = self._left.index_select(0, rows)

@@ -5,7 +5,7 @@ C = Cayley(Q) its rotation, R = diag(vector_b) · C · diag(vector_a). All in fl
 r is at most a few hundred, and the rest of the merge can only be as exact as R.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,25 @@ def skew_symmetric(entries: Tensor, rank: int) -> Tensor:
     rows, columns = torch.triu_indices(rank, rank, 1)
     upper[rows, columns] = entries.to("cpu", torch.float64)
     return upper - upper.T
+
+
+def conjugated(parameters: RotationParameters, signs: Tensor) -> RotationParameters:
+    """The parameters of D R D for D = diag(signs): the same adapter in a basis with other signs.
+
+    D commutes with the scaling vectors, and every form of R is conjugated by conjugating what
+    is stored.
+
+    Args:
+        parameters: of R.
+        signs: r numbers, each 1 or −1.
+    """
+    signs = signs.to(parameters.weight.dtype)
+    if parameters.orthogonal:
+        rows, columns = torch.triu_indices(parameters.rank, parameters.rank, 1)
+        factors = signs[rows] * signs[columns]
+    else:
+        factors = signs[:, None] * signs[None, :]
+    return replace(parameters, weight=parameters.weight * factors)
 
 
 def cayley(generator: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from psoft_export.basis.svd import Basis, BasisOptions, Triplets, basis_values, 
 # the factor is measured, `docs/basis.md`).
 _PRECISION = 4 * 2.0**-24
 _INSEPARABLE = 1 / 16  # radians: a pair that may turn more than this is recorded itself
+ADVISED_LIMIT = 1e-2  # of `delta_uncertainty`: beyond it, a record should hold the whole basis
 _SAME_VALUE = 1e-4  # relative to σ₁: how far recorded and found singular values may differ
 
 
@@ -123,6 +124,25 @@ def signs_at(left: Tensor, anchor: Tensor) -> Tensor:
     """The signs (±1, int8, CPU) of U's columns at the anchor rows."""
     entries = left.gather(0, anchor.to(left.device, torch.int64)[None])[0]
     return torch.where(entries < 0, -1, 1).to("cpu", torch.int8)
+
+
+def relative_signs(basis: Basis, reference: Basis) -> tuple[Tensor, Tensor]:
+    """Which vectors of `basis` point against those of `reference`, and how well they align.
+
+    Args:
+        basis: A and B. reference: A and B of the same weight and options.
+
+    Returns:
+        Signs (r, ±1, float64) and |cosine| between corresponding vectors (r, float64), both on
+        the CPU; the longer of the rows of A and the columns of B decides.
+    """
+    ours, theirs = basis.b.T.to("cpu", torch.float64), reference.b.T.to("cpu", torch.float64)
+    null = theirs.norm(dim=1) == 0  # where σᵢ = 0, only A tells
+    if null.any():
+        ours, theirs = basis.a.to("cpu", torch.float64), reference.a.to("cpu", torch.float64)
+    products = (ours * theirs).sum(dim=1)
+    cosines = (products / (ours.norm(dim=1) * theirs.norm(dim=1))).abs().nan_to_num(0.0)
+    return torch.where(products < 0, -1.0, 1.0).double(), cosines
 
 
 def restore(triplets: Triplets, record: SignRecord, options: BasisOptions) -> Basis:

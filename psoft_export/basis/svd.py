@@ -109,4 +109,5 @@ def basis_values(basis: Basis, options: BasisOptions) -> Tensor:
     σᵢ = scaling · ‖Aᵢ‖ ‖Bᵢ‖ in either initialisation.
     """
     norms = torch.linalg.vector_norm(basis.a.double(), dim=1)
-    return options.scaling * norms * torch.linalg.vector_norm(basis.b.double(), dim=0)
+    values: Tensor = options.scaling * norms * torch.linalg.vector_norm(basis.b.double(), dim=0)
+    return values

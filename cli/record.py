@@ -1,0 +1,166 @@
+"""`psoft-export record` and `convert`: the basis record of an adapter, made, checked, converted."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from psoft_export.cli.options import (
+    AdapterOption,
+    BaseOption,
+    CacheDirOption,
+    DeviceOption,
+    JsonOption,
+    NoCacheOption,
+    QuietOption,
+    TokenOption,
+)
+from psoft_export.cli.output import Output
+from psoft_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from psoft_export import RecordReport
+
+RECORD_EXAMPLES = """
+[bold]Examples[/] (on the machine that trained)
+
+  psoft-export record --base ./base --adapter ./adapter
+
+  psoft-export record --base ./base --adapter ./adapter --kind full --overwrite
+
+  psoft-export record --base ./base --adapter ./adapter --check
+"""
+CONVERT_EXAMPLES = """
+[bold]Examples[/]
+
+  psoft-export convert --base ./base --adapter ./adapter --to full --output ./adapter-full
+
+  psoft-export convert --base ./base --adapter ./adapter --to this-machine --output ./for-peft
+"""
+
+
+def record_command(
+    base: BaseOption,
+    adapter: AdapterOption,
+    kind: Annotated[
+        Literal["auto", "signs", "full"],
+        typer.Option("--kind", help="signs, full, or auto: signs where they say enough."),
+    ] = "auto",
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare the record with this machine's SVD instead.")
+    ] = False,
+    device: DeviceOption = "auto",
+    cache_dir: CacheDirOption = None,
+    no_cache: NoCacheOption = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a record.")] = False,
+    token: TokenOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write psoft_basis.safetensors into an adapter's folder.
+
+    It holds what another machine's SVD cannot know of the basis. Run it on the machine and device
+    that trained.
+    """
+    out = Output(quiet=quiet, as_json=as_json)
+    from psoft_export import check_record, record
+
+    with out.merge_progress("comparing" if check else "recording") as progress:
+        if check:
+            if kind != "auto" or overwrite:
+                raise UsageError("--check writes nothing; leave --kind and --overwrite away")
+            report = check_record(
+                base,
+                adapter,
+                device=device,
+                cache=not no_cache,
+                cache_dir=cache_dir,
+                token=token,
+                progress=progress,
+            )
+        else:
+            report = record(
+                base,
+                adapter,
+                kind=kind,
+                device=device,
+                cache=not no_cache,
+                cache_dir=cache_dir,
+                overwrite=overwrite,
+                token=token,
+                progress=progress,
+            )
+    _show(out, report)
+
+
+def convert_command(
+    base: BaseOption,
+    adapter: AdapterOption,
+    to: Annotated[
+        Literal["signs", "full", "this-machine"],
+        typer.Option("--to", help="Kind of record, or the basis that PEFT finds on this machine."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    device: DeviceOption = "auto",
+    cache_dir: CacheDirOption = None,
+    no_cache: NoCacheOption = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")
+    ] = False,
+    token: TokenOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a recorded adapter in another form that means the same weights."""
+    out = Output(quiet=quiet, as_json=as_json)
+    from psoft_export import convert
+
+    with out.merge_progress("converting") as progress:
+        report = convert(
+            base,
+            adapter,
+            output,
+            to=to,
+            device=device,
+            cache=not no_cache,
+            cache_dir=cache_dir,
+            overwrite=overwrite,
+            token=token,
+            progress=progress,
+        )
+    _show(out, report)
+
+
+def _show(out: Output, report: "RecordReport") -> None:
+    for warning in report.warnings:
+        out.warn(warning)
+    out.result(report.to_dict(), lambda console: _print(console, report))
+
+
+def _print(console: Console, report: "RecordReport") -> None:
+    checked = any(module.differing is not None for module in report.modules)
+    table = Table(box=None)
+    table.add_column("module", overflow="fold")
+    for column in ("rank", "held", "ΔW left open"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if checked:
+        for column in ("signs that differ here", "vectors turned here"):
+            table.add_column(column, justify="right")
+    for module in report.modules:
+        left_open = "?" if module.uncertainty is None else f"{module.uncertainty:.1e}"
+        row = [module.module, str(module.rank), str(module.held), left_open]
+        if checked:
+            row += [str(module.differing), str(module.turned)]
+        table.add_row(*row)
+    console.print(table)
+    if checked:
+        differing = sum(module.differing or 0 for module in report.modules)
+        turned = sum(module.turned or 0 for module in report.modules)
+        total = sum(module.rank for module in report.modules)
+        console.print(
+            f"{differing} of {total} signs differ between the record and this machine's SVD"
+            + (f"; {turned} vectors are turned among near-equal ones" if turned else "")
+        )
+    console.print(f"{report.kind} record {report.path}", markup=False, highlight=False)

@@ -1,0 +1,439 @@
+"""Making, checking and converting basis records of adapters on disk."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from psoft_export.adapters import basis_record, psoft
+from psoft_export.adapters.basis_record import BaseTensor, Kind, SvdDescription, write_record
+from psoft_export.adapters.psoft import Adapter
+from psoft_export.algebra.rotation import RotationParameters, conjugated, rotation
+from psoft_export.bases import BasisFinder
+from psoft_export.basis.signs import (
+    ADVISED_LIMIT,
+    SignRecord,
+    delta_uncertainty,
+    record_signs,
+    relative_signs,
+)
+from psoft_export.basis.solver import leading_triplets
+from psoft_export.basis.svd import Basis
+from psoft_export.cache import BasisCache, open_cache
+from psoft_export.checkpoint.output import OutputFolder
+from psoft_export.device import choose_device, device_name
+from psoft_export.errors import (
+    OutputError,
+    RecordMissingError,
+    UnsupportedError,
+    UsageError,
+)
+from psoft_export.execution import Progress, ProgressCallback
+from psoft_export.merging import plan_merge
+from psoft_export.plan import MergePlan
+from psoft_export.weights import BaseReader, TargetWeight
+
+KindChoice = Literal["auto", "signs", "full"]
+Form = Literal["signs", "full", "this-machine"]
+
+_ALIGNED = 0.99  # |cosine| below which two vectors are not one vector up to its sign
+_CONFIG_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class RecordedModule:
+    """One module of a record.
+
+    Attributes:
+        module: module path, as the adapter names it.
+        rank: r.
+        uncertainty: what the record leaves open of ΔW relative to ‖ΔW‖ (see
+            `basis.signs.delta_uncertainty`); 0 with a full basis; None where it is not known.
+        held: number of vectors that the record holds themselves, because near-equal singular
+            values make a sign too little.
+        differing: of a check: how many vectors have the other sign in this machine's SVD.
+        turned: of a check: how many vectors are not the recorded ones with either sign.
+    """
+
+    module: str
+    rank: int
+    uncertainty: float | None
+    held: int
+    differing: int | None = None
+    turned: int | None = None
+
+
+@dataclass(frozen=True)
+class RecordReport:
+    """What was recorded, or found in a check.
+
+    Attributes:
+        path: the record.
+        kind: `signs` or `full`.
+        modules: one entry a module, in the order of the base.
+        warnings: what the user should know, one plain sentence each.
+    """
+
+    path: Path
+    kind: Kind
+    modules: tuple[RecordedModule, ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as one JSON-ready object."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+def record(
+    base: str | Path,
+    adapter: str | Path,
+    *,
+    kind: KindChoice = "auto",
+    device: str = "auto",
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> RecordReport:
+    """Write the basis record of an adapter, by computing the training's SVD again.
+
+    It records what this machine's SVD gives, so run it on the machine, device and thread count
+    that trained; `record_basis` and `RecordBasisCallback` record in training itself.
+
+    Args:
+        base: folder or Hub id of the base.
+        adapter: the adapter's folder; the record is written into it.
+        kind: `signs`, `full`, or `auto`: signs, unless the adapter's basis came from a low-rank
+            SVD or near-equal singular values leave more than 1 % of ΔW open.
+        device: the device that training computed its SVD on.
+        cache: take bases from the cache and keep them there.
+        cache_dir: folder of that cache.
+        overwrite: replace a record.
+        token: a Hub token.
+        progress: called after each module.
+
+    Raises:
+        OutputError: there is a record already, or the folder cannot be written.
+        UnsupportedError: `signs` for an adapter that needs `full`.
+        PsoftExportError: as `merge`, for base and adapter.
+    """
+    folder = _own_folder(adapter)
+    plan = plan_merge(base, folder, token=token)
+    if plan.adapter.record is not None and not overwrite:
+        raise OutputError(
+            f"{plan.adapter.record.path}: there is a record already, perhaps of the training "
+            "itself; compare with --check, or replace it with --overwrite"
+        )
+    plan = replace(plan, adapter=replace(plan.adapter, record=None))
+    chosen = _checked_kind(kind, plan.adapter)
+    on = choose_device(device)
+    store = open_cache(cache_dir) if cache else None
+    if chosen is None:
+        signs = _Recorder(plan, "signs", on, store, progress)
+        layers = list(signs.layers())
+        worst = max((m.uncertainty or 0.0 for m in signs.modules), default=0.0)
+        if worst <= ADVISED_LIMIT:
+            path = _write(folder, plan, "signs", _describe(plan.adapter, on), iter(layers))
+            return RecordReport(path, "signs", tuple(signs.modules), ())
+        chosen = "full"
+    recorder = _Recorder(plan, chosen, on, store, progress)
+    path = _write(folder, plan, chosen, _describe(plan.adapter, on), recorder.layers())
+    return RecordReport(path, chosen, tuple(recorder.modules), _advice(chosen, recorder.modules))
+
+
+def check_record(
+    base: str | Path,
+    adapter: str | Path,
+    *,
+    device: str = "auto",
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> RecordReport:
+    """Compare a basis record with what this machine's SVD gives; writes nothing but the cache.
+
+    Arguments and errors as of `record`.
+
+    Raises:
+        RecordMissingError: the adapter has no record.
+        MismatchError: the record was made from another base.
+    """
+    plan = plan_merge(base, adapter, token=token)
+    recorded = _needed_record(plan.adapter)
+    on = choose_device(device)
+    store = open_cache(cache_dir) if cache else None
+    ours = BasisFinder(plan.adapter, device=on, cache=store)
+    bare = replace(plan.adapter, record=None)
+    theirs = BasisFinder(bare, device=on, cache=store)
+    modules = []
+    for module, weight in _targets(plan, progress):
+        trained = weight.as_trained
+        known = ours.find(module, trained, weight.trained.sha256)
+        here = theirs.find(module, trained, weight.trained.sha256)
+        signs, cosines = relative_signs(here.basis, known.basis)
+        held = recorded.signs(module).cluster if recorded.kind == "signs" else torch.tensor([])
+        turned = cosines < _ALIGNED
+        modules.append(
+            RecordedModule(
+                module,
+                recorded.rank,
+                known.uncertainty,
+                len(held),
+                int(((signs < 0) & ~turned).sum()),
+                int(turned.sum()),
+            )
+        )
+    return RecordReport(recorded.path, recorded.kind, tuple(modules), ())
+
+
+def convert(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    to: Form,
+    device: str = "auto",
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> RecordReport:
+    """Write a copy of a recorded adapter in another form that means the same weights.
+
+    Args:
+        base: folder or Hub id of the base.
+        adapter: folder or Hub id of an adapter with a basis record.
+        output: folder to write.
+        to: `signs` or `full`: the kind of the record. `this-machine`: the adapter expressed in
+            the basis that a plain PEFT load finds on this machine and device (entries of Q change
+            sign), with the record to match; PEFT then computes the recorded model here, and only
+            here.
+        device: where to compute; for `this-machine`, where PEFT will load the adapter.
+        cache: take bases from the cache and keep them there.
+        cache_dir: folder of that cache.
+        overwrite: replace a non-empty output folder.
+        token: a Hub token.
+        progress: called after each module.
+
+    Raises:
+        RecordMissingError: the adapter has no record.
+        UnsupportedError: `signs` for an adapter that needs `full`, or `this-machine` where this
+            machine's vectors are not the recorded ones up to sign.
+        MismatchError: the record was made from another base.
+        OutputError: the output cannot be written.
+    """
+    plan = plan_merge(base, adapter, token=token)
+    recorded = _needed_record(plan.adapter)
+    kind: Kind = recorded.kind if to == "this-machine" else to
+    _checked_kind(kind, plan.adapter)
+    on = choose_device(device)
+    store = open_cache(cache_dir) if cache else None
+    source = plan.adapter.source.folder
+    target = Path(output)
+    if target.resolve() == source.resolve():
+        raise OutputError(f"{target}: is the adapter itself; choose another output")
+    with OutputFolder(target, overwrite=overwrite, needed_bytes=_CONFIG_BYTES) as folder:
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.name != basis_record.FILENAME:
+                shutil.copyfile(path, folder.path / path.name)
+        converter = _Converter(plan, kind, on, store, progress, local=to == "this-machine")
+        _write(folder.path, plan, kind, recorded.svd, converter.layers())
+        if to == "this-machine":
+            _write_rotations(plan.adapter, converter.rotations, folder.path)
+        folder.commit()
+    warnings = _advice(kind, converter.modules)
+    if to == "this-machine":
+        warnings = (
+            "the adapter written means the recorded weights for a plain PEFT load on this machine, "
+            f"device ({device_name(on)}) and thread count ({torch.get_num_threads()}) only; keep "
+            "the recorded one for every other use",
+        )
+    path = target / basis_record.FILENAME
+    return RecordReport(path, kind, tuple(converter.modules), warnings)
+
+
+class _Recorder:
+    """Makes the layers of a record from the SVD that training computed, done again."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        kind: Kind,
+        device: torch.device,
+        cache: BasisCache | None,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self.modules: list[RecordedModule] = []
+        self._plan = plan
+        self._kind = kind
+        self._finder = BasisFinder(plan.adapter, device=device, cache=cache)
+        self._progress = progress
+
+    def layers(self) -> Iterator[tuple[str, BaseTensor, SignRecord | Basis]]:
+        """Module, weight, and signs or basis; adds to `modules`."""
+        for module, weight in _targets(self._plan, self._progress):
+            layer = self._layer(module, weight)
+            yield module, weight.trained, layer
+
+    def _layer(self, module: str, weight: TargetWeight) -> SignRecord | Basis:
+        found = self._finder.find(module, weight.as_trained, weight.trained.sha256)
+        return self._keep(module, found.basis, found.next_value)
+
+    def _keep(self, module: str, basis: Basis, next_value: float | None) -> SignRecord | Basis:
+        """The layer of the wanted kind, and its entry in the report."""
+        options = self._plan.adapter.basis_options
+        if self._kind == "full":
+            self.modules.append(RecordedModule(module, options.rank, 0.0, options.rank))
+            return basis
+        assert next_value is not None
+        signs = record_signs(basis, options, next_value)
+        turn = rotation(self._plan.adapter.rotations[module])
+        left_open = delta_uncertainty(signs.values, next_value, turn, signs.cluster)
+        self.modules.append(RecordedModule(module, options.rank, left_open, len(signs.cluster)))
+        return signs
+
+
+class _Converter(_Recorder):
+    """Makes the layers of a record from another record."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        kind: Kind,
+        device: torch.device,
+        cache: BasisCache | None,
+        progress: ProgressCallback | None,
+        *,
+        local: bool,
+    ) -> None:
+        super().__init__(plan, kind, device, cache, progress)
+        self.rotations: dict[str, RotationParameters] = {}
+        bare = replace(plan.adapter, record=None)
+        self._local = BasisFinder(bare, device=device, cache=cache) if local else None
+
+    def _layer(self, module: str, weight: TargetWeight) -> SignRecord | Basis:
+        trained = weight.as_trained
+        found = self._finder.find(module, trained, weight.trained.sha256)
+        basis, next_value = found.basis, found.next_value
+        if next_value is None and self._kind == "signs":
+            solution = leading_triplets(trained, self._plan.adapter.basis_options.rank)
+            next_value = solution.certificate.next_value
+        if self._local is not None:
+            here = self._local.find(module, trained, weight.trained.sha256)
+            signs, cosines = relative_signs(here.basis, basis)
+            if float(cosines.min()) < _ALIGNED:
+                raise UnsupportedError(
+                    f"module '{module}': {int((cosines < _ALIGNED).sum())} of its vectors are not "
+                    "those recorded up to sign in this machine's SVD (near-equal singular values), "
+                    "so no plain PEFT load can mean the same; load it with restore_basis instead"
+                )
+            self.rotations[module] = conjugated(self._plan.adapter.rotations[module], signs)
+            single = signs.to(basis.a.device, torch.float32)
+            basis = Basis(basis.a * single[:, None], basis.b * single)
+        return self._keep(module, basis, next_value)
+
+
+def _targets(
+    plan: MergePlan, progress: ProgressCallback | None
+) -> Iterator[tuple[str, TargetWeight]]:
+    """Every module with its weight, one in memory at a time."""
+    targets = plan.targets
+    total = sum(t.spec.nbytes for t in targets)
+    done = 0
+    with BaseReader(plan) as reader:
+        for number, tensor in enumerate(targets, 1):
+            assert tensor.module is not None
+            yield tensor.module, reader.target(tensor)
+            done += tensor.spec.nbytes
+            if progress is not None:
+                progress(Progress(done, total, number, len(targets), tensor.spec.name))
+
+
+def _write(
+    folder: Path,
+    plan: MergePlan,
+    kind: Kind,
+    svd: SvdDescription,
+    layers: Iterator[tuple[str, BaseTensor, SignRecord | Basis]],
+) -> Path:
+    shapes = {}
+    for tensor in plan.targets:
+        assert tensor.module is not None and tensor.entry is not None
+        rows, columns = tensor.entry.shape
+        shapes[tensor.module] = (rows, columns)
+    return write_record(folder, kind, plan.adapter.basis_options.rank, svd, shapes, layers)
+
+
+def _describe(adapter: Adapter, device: torch.device) -> SvdDescription:
+    options = adapter.basis_options
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return SvdDescription(
+        solver=options.solver,
+        device=device_name(device) + threads,
+        library=f"torch {torch.__version__}",
+        dtype="float32",
+        scaling=options.scaling,
+        initialisation=options.initialisation,
+    )
+
+
+def _checked_kind(kind: KindChoice, adapter: Adapter) -> Kind | None:
+    """The kind to write; None where the singular values are to decide."""
+    if kind not in ("auto", "signs", "full"):
+        raise UsageError(f"kind '{kind}' is not one of auto, signs, full")
+    if adapter.basis_options.solver == "lowrank":
+        if kind == "signs":
+            raise UnsupportedError(
+                f"{adapter.source.name}: psoft_svd is 'lowrank', so no solver finds its basis "
+                "again from signs; record it with kind 'full'"
+            )
+        return "full"
+    return None if kind == "auto" else kind
+
+
+def _advice(kind: Kind, modules: list[RecordedModule]) -> tuple[str, ...]:
+    open_ = [m for m in modules if kind == "signs" and (m.uncertainty or 0.0) > ADVISED_LIMIT]
+    if not open_:
+        return ()
+    worst = max(open_, key=lambda module: module.uncertainty or 0.0)
+    return (
+        f"signs leave {worst.uncertainty:.1%} of ΔW open in '{worst.module}' ({len(open_)} modules "
+        f"above {ADVISED_LIMIT:.0%}); kind 'full' leaves nothing open",
+    )
+
+
+def _needed_record(adapter: Adapter) -> basis_record.BasisRecord:
+    if adapter.record is None:
+        raise RecordMissingError(
+            f"{adapter.source.name}: has no basis record ({basis_record.FILENAME}); make one with "
+            "'psoft-export record' on the machine that trained it"
+        )
+    return adapter.record
+
+
+def _own_folder(adapter: str | Path) -> Path:
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise UsageError(
+            f"{adapter}: not a folder here; a record is written into the adapter's own folder, so "
+            "download it first (hf download)"
+        )
+    return folder
+
+
+def _write_rotations(
+    adapter: Adapter, rotations: dict[str, RotationParameters], folder: Path
+) -> None:
+    """Write the adapter's tensors with other rotations, as safetensors."""
+    tensors = psoft.read_tensors(adapter)
+    for module, parameters in rotations.items():
+        tensors[psoft.tensor_name(module, "weight")] = parameters.weight.contiguous()
+    (folder / adapter.weights_file).unlink()
+    save_file(tensors, folder / psoft.SAFETENSORS, {"format": "pt"})

@@ -1,0 +1,99 @@
+"""Reading a plan's base: weights to be merged, checked against the basis record, and the rest."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from psoft_export.adapters.basis_record import BaseTensor
+from psoft_export.checkpoint.dtypes import TORCH_DTYPES
+from psoft_export.checkpoint.reader import FileReader, raw
+from psoft_export.checkpoint.safetensors_file import TensorEntry
+from psoft_export.errors import MismatchError
+from psoft_export.plan import MergePlan, PlannedTensor
+
+
+@dataclass(frozen=True)
+class TargetWeight:
+    """A weight to be merged.
+
+    Attributes:
+        values: W, out × in, as the base stores it.
+        trained: W as training had it: its dtype code, shape and SHA-256. The dtype is the stored
+            one unless the record says that training loaded the base in another.
+    """
+
+    values: Tensor
+    trained: BaseTensor
+
+    @property
+    def as_trained(self) -> Tensor:
+        """W in the dtype that training had it in."""
+        return self.values.to(TORCH_DTYPES[self.trained.dtype])
+
+
+class BaseReader:
+    """Reads the base of a plan, every file hashed on the way. Use as a context manager."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        """Opens nothing yet."""
+        self._plan = plan
+        self._files = ExitStack()
+        self._readers: dict[Path, FileReader] = {}
+
+    def __enter__(self) -> "BaseReader":
+        for file in self._plan.checkpoint.files:
+            self._readers[file.path] = self._files.enter_context(FileReader(file))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def chunks(self, entry: TensorEntry) -> Iterator[Tensor]:
+        """A tensor's bytes in order; see `FileReader.chunks`."""
+        return self._readers[entry.file].chunks(entry)
+
+    def target(self, tensor: PlannedTensor) -> TargetWeight:
+        """One weight to be merged.
+
+        Raises:
+            MismatchError: the adapter's record was made from another weight; names all such.
+            CheckpointError: the file cannot be read.
+        """
+        weight = self._read(tensor)
+        if not self._is_recorded(tensor, weight):
+            strangers = [tensor.spec.name]
+            targets = self._plan.targets
+            for other in targets[targets.index(tensor) + 1 :]:
+                if not self._is_recorded(other, self._read(other)):
+                    strangers.append(other.spec.name)
+            listed = ", ".join(strangers[:3])
+            listed += f" and {len(strangers) - 3} more" if strangers[3:] else ""
+            raise MismatchError(
+                f"{self._plan.base.name}: not the base that the adapter's basis was recorded "
+                f"with; its values differ in {listed}. Use that base, or record with this one"
+            )
+        return weight
+
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of each weight file, by name; reads what is left of them."""
+        return {path.name: reader.sha256() for path, reader in self._readers.items()}
+
+    def _read(self, tensor: PlannedTensor) -> TargetWeight:
+        entry, record = tensor.entry, self._plan.adapter.record
+        assert entry is not None and tensor.module is not None
+        values, sha256 = self._readers[entry.file].tensor(entry)
+        dtype = record.base[tensor.module].dtype if record else entry.dtype
+        if dtype != entry.dtype:
+            cast = raw(values.to(TORCH_DTYPES[dtype]))
+            sha256 = hashlib.sha256(cast.numpy().data).hexdigest()
+        rows, columns = entry.shape
+        return TargetWeight(values, BaseTensor(dtype, (rows, columns), sha256))
+
+    def _is_recorded(self, tensor: PlannedTensor, weight: TargetWeight) -> bool:
+        record = self._plan.adapter.record
+        assert tensor.module is not None
+        return record is None or record.base[tensor.module] == weight.trained
