@@ -2,18 +2,20 @@
 
 One file an entry, named by the weight's SHA-256 and the solver; it holds the largest rank asked
 for so far and serves every smaller one. Files appear whole (written aside, then renamed), so
-several processes can use one folder without locks. An entry carries the SHA-256 of its numbers;
-one that does not agree is removed and found anew.
+several processes can use one folder without locks. An entry carries the SHA-256 of all that it
+says; one that does not agree is removed and found anew.
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from psoft_export.basis.svd import Triplets
 from psoft_export.checkpoint.output import replacing_file
@@ -26,6 +28,8 @@ DEFAULT_LIMIT_BYTES = 20 * 10**9
 _FOLDER_VARIABLE = "PSOFT_EXPORT_CACHE"
 _SUFFIX = ".basis.safetensors"
 _FORMAT = "psoft-basis-cache/1"
+_TENSORS = ("left", "values", "right")
+_ABANDONED_SECONDS = 3600  # a scratch file of this age has lost its writer
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class BasisCache:
         """Use `folder`, made when the first entry is; keep at most `limit_bytes` in it."""
         self.folder = folder
         self.problem: str | None = None
-        self._limit = limit_bytes
+        self.limit_bytes = limit_bytes
 
     def get(self, weight: str, solver: str, rank: int) -> CachedTriplets | None:
         """The first `rank` triplets of a weight, float32 on the CPU, or None.
@@ -81,17 +85,20 @@ class BasisCache:
             rank: number of triplets.
         """
         path = self._path(weight, solver)
+        if not path.exists():  # else another run's new entry could be taken for a damaged one
+            return None
         try:
             entries, metadata = read_header(path)
-            if metadata.get("format") != _FORMAT or metadata.get("solver") != solver:
+            told = {"format": _FORMAT, "solver": solver, "weight": weight}
+            if any(metadata.get(key) != value for key, value in told.items()):
                 raise CheckpointError(f"{path}: not an entry of this cache")
             tensors = {entry.name: read_tensor(entry) for entry in entries}
-            if _digest(*(tensors[name] for name in _TENSORS)) != metadata.get("sha256"):
+            if _digest(tensors, metadata) != metadata["sha256"]:
                 raise CheckpointError(f"{path}: damaged")
             left, values, right = (tensors[name] for name in _TENSORS)
             next_value = float(metadata["next_value"]) if "next_value" in metadata else None
         except (CheckpointError, KeyError, ValueError):
-            self._discard(path)  # absent, damaged, or of another release
+            _discard(path)  # damaged, or of another release
             return None
         if len(values) < rank:
             return None
@@ -102,8 +109,14 @@ class BasisCache:
         return CachedTriplets(triplets, next_value)
 
     def put(self, weight: str, solver: str, found: CachedTriplets) -> None:
-        """Keep triplets (float32); forget the least recently used ones where room is short."""
+        """Keep triplets (float32), unless as many of them are kept already.
+
+        The least recently used entries are forgotten where room is short.
+        """
         triplets = found.triplets
+        path = self._path(weight, solver)
+        if self._rank(path) >= len(triplets.values):
+            return  # of another run meanwhile
         tensors = {
             "left": triplets.left.T.cpu().contiguous(),
             "values": triplets.values.cpu(),
@@ -112,21 +125,25 @@ class BasisCache:
         metadata = {
             "format": _FORMAT,
             "solver": solver,
-            "sha256": _digest(*(tensors[name] for name in _TENSORS)),
+            "weight": weight,
         }
         if found.next_value is not None:
             metadata["next_value"] = repr(found.next_value)
+        metadata["sha256"] = _digest(tensors, metadata)
         specs = [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing_file(self._path(weight, solver)) as scratch:
+            with replacing_file(path) as scratch:
                 writer = ShardWriter(scratch, specs, metadata)
-                for tensor in tensors.values():
-                    writer.append(raw(tensor))
-                writer.close()
-            self._make_room()
+                try:
+                    for tensor in tensors.values():
+                        writer.append(raw(tensor))
+                    writer.close()
+                finally:
+                    writer.abandon()
+            self._make_room(path)
         except (OutputError, OSError) as cause:
-            reason = str(cause) if isinstance(cause, OutputError) else cause.strerror
+            reason = cause if isinstance(cause, OutputError) else cause.strerror or cause
             self.problem = (
                 f"the basis cache {self.folder} could not be written ({reason}); the result is "
                 "complete, but the next run finds these bases again. --cache-dir names another"
@@ -151,7 +168,7 @@ class BasisCache:
                         status.st_mtime,
                     )
                 )
-            except (OSError, CheckpointError, KeyError):
+            except (OSError, CheckpointError, KeyError, IndexError):
                 continue  # removed meanwhile, or damaged: the next use discards it
         return sorted(found, key=lambda entry: -entry.last_used)
 
@@ -161,7 +178,7 @@ class BasisCache:
         Raises:
             OutputError: an entry cannot be removed.
         """
-        freed = 0
+        freed = self._clear_abandoned()
         for path in self._files():
             try:
                 nbytes = path.stat().st_size
@@ -179,54 +196,92 @@ class BasisCache:
     def _path(self, weight: str, solver: str) -> Path:
         return self.folder / f"{weight}-{hashlib.sha256(solver.encode()).hexdigest()[:16]}{_SUFFIX}"
 
-    def _make_room(self) -> None:
+    def _rank(self, path: Path) -> int:
+        """How many triplets an entry has; 0 where there is none, or none that can be read."""
+        try:
+            entries, _ = read_header(path)
+            return next(entry.shape[0] for entry in entries if entry.name == "values")
+        except (CheckpointError, StopIteration, IndexError):
+            return 0
+
+    def _make_room(self, newest: Path) -> None:
+        """Forget entries until the rest fits, the least recently used first, `newest` last."""
+        self._clear_abandoned()
         sizes = []
         for path in self._files():
             try:
                 status = path.stat()
             except FileNotFoundError:
                 continue
-            sizes.append((status.st_mtime, status.st_size, path))
-        total = sum(nbytes for _, nbytes, _ in sizes)
-        for _, nbytes, path in sorted(sizes):
-            if total <= self._limit:
+            sizes.append((path == newest, status.st_mtime, status.st_size, path))
+        total = sum(nbytes for _, _, nbytes, _ in sizes)
+        for _, _, nbytes, path in sorted(sizes):
+            if total <= self.limit_bytes:
                 break
-            self._discard(path)
+            _discard(path)
             total -= nbytes
 
-    def _discard(self, path: Path) -> None:
-        with suppress(OSError):  # in a folder that is not ours to write; it is not used anyway
-            path.unlink(missing_ok=True)
-
-
-_TENSORS = ("left", "values", "right")
+    def _clear_abandoned(self) -> int:
+        """Remove what killed runs left half-written; returns how many bytes that freed."""
+        freed = 0
+        for path in self.folder.glob(f".*{_SUFFIX}.*"):
+            with suppress(OSError):
+                status = path.stat()
+                if time.time() - status.st_mtime > _ABANDONED_SECONDS:
+                    path.unlink()
+                    freed += status.st_size
+        return freed
 
 
 def default_folder() -> Path:
-    """`$PSOFT_EXPORT_CACHE`, or `psoft-export` in the user's cache folder."""
+    """`$PSOFT_EXPORT_CACHE`, or `psoft-export` in the user's cache folder.
+
+    Raises:
+        UsageError: the user has no home folder.
+    """
     if named := os.environ.get(_FOLDER_VARIABLE):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "psoft-export"
+        return _expanded(named)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "psoft-export"
+    return _expanded("~/.cache") / "psoft-export"
 
 
 def open_cache(folder: str | Path | None) -> BasisCache:
     """The cache in `folder`, by default the user's.
 
     Raises:
-        UsageError: the name is that of a file.
+        UsageError: the name is that of a file, or there is no home folder to find one in.
     """
-    path = Path(folder).expanduser() if folder is not None else default_folder()
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"cache-dir '{path}' is a file, not a folder")
+    path = _expanded(folder) if folder is not None else default_folder()
+    with suppress(OSError):  # what cannot be looked at cannot be used; `problem` will say so
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"cache-dir '{path}' is a file, not a folder")
     return BasisCache(path)
 
 
-def _digest(*tensors: torch.Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(raw(tensor).numpy().data)
+def _expanded(folder: str | Path) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as cause:
+        raise UsageError(
+            f"'{folder}' cannot be found, as there is no such home folder; name the cache with "
+            f"--cache-dir or {_FOLDER_VARIABLE}, or pass --no-cache"
+        ) from cause
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of an entry's metadata, and of its tensors' dtypes, shapes and bytes."""
+    facts = {key: value for key, value in sorted(metadata.items()) if key != "sha256"}
+    kinds = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in _TENSORS]
+    digest = hashlib.sha256(json.dumps([facts, kinds]).encode())
+    for name in _TENSORS:
+        digest.update(raw(tensors[name]).numpy().data)
     return digest.hexdigest()
+
+
+def _discard(path: Path) -> None:
+    with suppress(OSError):  # in a folder that is not ours to write; it is not used anyway
+        path.unlink(missing_ok=True)
 
 
 def _touch(path: Path) -> None:

@@ -25,6 +25,9 @@ _RESIDUAL_FLOOR = 256 * _EPS  # what float64 products leave, relative to σ₁
 _SMALL_SIDE = 512  # up to here the whole Gram matrix is cheaper than a Krylov space
 _LARGE_SHARE = 1 / 8  # r beyond this share of the short side: likewise
 _KRYLOV_SHARE = 0.6  # of the short side; a larger space costs more than the whole spectrum
+_MIDDLE_SIDE = 1536  # below, a space of half that size costs about as much: it must be promising
+_PROMISING = 1e-2
+_CROWDED = 1e-8
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Certificate:
 
     Attributes:
         method: `block-lanczos`, `gram` or `svd`.
-        residual: the largest ‖Wᵀuᵢ − σᵢvᵢ‖ for i ≤ r (of the long side where W is wide: ‖Wvᵢ −
-            σᵢuᵢ‖), relative to σ₁; the other of the two is zero to rounding by construction.
+        residual: the largest ‖Wvᵢ − σᵢuᵢ‖ for i ≤ r (‖Wᵀuᵢ − σᵢvᵢ‖ where W has more rows than
+            columns), relative to σ₁; the other of the two is zero to rounding by construction.
         orthogonality: the largest entry of |UᵀU − I| and |VᵀV − I|.
         vector_error: bound of the angle between a found vector and the true one, in radians,
             turning among the found vectors themselves apart (of second order in the residual).
@@ -139,16 +142,20 @@ def _gram(short: Tensor, kept: int) -> _Space:
 def _lanczos(short: Tensor, rank: int, kept: int) -> _Space | None:
     """The leading `kept` Ritz vectors of short · shortᵀ, or None where it does not converge.
 
-    Stops when the first `rank` of them are within `_TOLERANCE` by their residuals.
+    Stops when the first `rank` of them are within `_TOLERANCE` by their residuals, and gives up
+    on short sides below `_MIDDLE_SIDE` where half the room leaves an error above `_PROMISING`.
     """
     size = short.shape[0]
     limit = int(_KRYLOV_SHARE * size) // _BLOCK * _BLOCK
+    midway = limit // 2 if size < _MIDDLE_SIDE else limit
     basis = torch.empty(limit, size, dtype=torch.float64, device=short.device)
     projected = torch.zeros(limit, limit, dtype=torch.float64)
     # Drawn on the CPU, so that it is the same start on every device.
     start = torch.randn(size, _BLOCK, dtype=torch.float64, generator=_generator())
     block = torch.linalg.qr(start.to(short.device))[0].T.contiguous()
     schedule = _Schedule(first=3 * kept)
+    if schedule.next > midway:
+        return None
     columns = 0
     while columns + _BLOCK <= limit:
         basis[columns : columns + _BLOCK] = block
@@ -180,6 +187,8 @@ def _lanczos(short: Tensor, rank: int, kept: int) -> _Space | None:
                 return None
             leading = vectors[:, :kept].T.to(short.device)
             return _Space(leading @ basis[:columns], columns)
+        if columns >= midway and error > _PROMISING:
+            return None
         schedule.update(columns, error)
     return None
 
@@ -191,10 +200,12 @@ def _generator() -> torch.Generator:
 def _crowded(values: Tensor) -> bool:
     """Whether as many eigenvalues as a block is wide coincide: there may be more of them.
 
-    A Krylov space holds at most as many vectors of one eigenvalue as its blocks are wide.
+    A Krylov space holds at most as many vectors of one eigenvalue as its blocks are wide. Of
+    eigenvalues closer than what a residual within `_TOLERANCE` resolves, no more may show up.
     """
-    spread = values[: -_BLOCK + 1] - values[_BLOCK - 1 :]
-    return bool((spread <= 1e-8 * values[0]).any())
+    first = values[: -_BLOCK + 1]
+    resolved = 16 * _TOLERANCE * (first - values[-1]) + _CROWDED * values[0]
+    return bool((first - values[_BLOCK - 1 :] <= resolved).any())
 
 
 class _Schedule:
