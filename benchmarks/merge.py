@@ -11,59 +11,112 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from benchmarks.process import ProgramError, Usage, run_measured
-from benchmarks.report import COPY, OURS, PEFT, Accuracy, Result, claims, tables
+from benchmarks.report import (
+    COLD,
+    COPY,
+    FULL,
+    MERGES,
+    PEFT,
+    SIGNS,
+    WARM,
+    Accuracy,
+    Result,
+    claims,
+    tables,
+)
 from benchmarks.shapes import SHAPES
 
 
-def measure(size: str, rank: int, repeat: int, threads: int, scratch: Path) -> Result:
-    """Make a checkpoint of `size`, merge it with each program in turn, and clean up."""
-    base, adapter, log = scratch / "base", scratch / "adapter", scratch / "log.txt"
-    outputs = {COPY: scratch / "copy", PEFT: scratch / "peft", OURS: scratch / "ours"}
-    commands: dict[str, list[str | Path]] = {
-        COPY: ["cp", "-r", base, outputs[COPY]],
-        PEFT: _python("peft_merge", base, adapter, outputs[PEFT]),
-        OURS: [
-            *(Path(sys.executable).with_name("psoft-export"), "merge"),
-            *("--base", base, "--adapter", adapter, "--output", outputs[OURS]),
-            *("--device", "cpu", "--quiet"),
-        ],
+@dataclass(frozen=True)
+class _Program:
+    """One way to make an output: its command, and what makes ready for it, not measured."""
+
+    name: str
+    command: list[str | Path]
+    output: Path
+    prepare: list[list[str | Path]]
+
+
+def _programs(scratch: Path, base: Path, adapter: Path) -> list[_Program]:
+    """What is measured, in the order in which it runs: later runs use what earlier ones left."""
+
+    def record(kind: str) -> list[list[str | Path]]:
+        recorded = scratch / kind
+        options = ("--kind", kind, "--device", "cpu", "--overwrite")
+        command = _psoft_export("record", "--base", base, "--adapter", recorded, *options)
+        return [["cp", "-rT", adapter, recorded], command]
+
+    def merge(name: str, source: Path, *options: str) -> _Program:
+        output = scratch / f"ours-{MERGES.index(name)}"
+        inputs = ("--base", base, "--adapter", source, "--output", output)
+        command = _psoft_export("merge", *inputs, "--device", "cpu", *options)
+        return _Program(name, command, output, prepare[name])
+
+    prepare: dict[str, list[list[str | Path]]] = {
+        COLD: [_psoft_export("cache", "clear")],
+        WARM: [],
+        SIGNS: record("signs"),
+        FULL: record("full"),
     }
+    copy, peft = scratch / "copy", scratch / "peft"
+    return [
+        _Program(COPY, ["cp", "-r", base, copy], copy, []),
+        _Program(PEFT, _python("peft_merge", base, adapter, peft), peft, []),
+        merge(COLD, adapter),
+        merge(WARM, adapter),
+        merge(SIGNS, scratch / "signs", "--no-cache"),
+        merge(FULL, scratch / "full", "--no-cache"),
+    ]
+
+
+def measure(size: str, rank: int, repeat: int, threads: int, scratch: Path) -> Result:
+    """Make a checkpoint of `size`, merge it in each way in turn, and clean up."""
+    base, adapter, log = scratch / "base", scratch / "adapter", scratch / "log.txt"
+    programs = _programs(scratch, base, adapter)
     count = str(threads)
     environment = os.environ | {
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
         "HF_HUB_OFFLINE": "1",
+        "PSOFT_EXPORT_CACHE": str(scratch / "cache"),
     }
     run_measured(_python("synthetic", size, str(rank), base, adapter), environment, log)
-    runs: dict[str, list[Usage]] = {name: [] for name in commands}
+    runs: dict[str, list[Usage]] = {program.name: [] for program in programs}
     for _ in range(repeat):
-        for name, command in commands.items():
-            shutil.rmtree(outputs[name], ignore_errors=True)
+        for program in programs:
+            shutil.rmtree(program.output, ignore_errors=True)
+            for command in program.prepare:
+                run_measured(command, environment, log)
             _settle(base)
-            _say(f"{size}: {name}")
-            runs[name].append(run_measured(command, environment, log))
-            _say(f"{size}: {name} took {runs[name][-1].seconds:.1f} s")
+            _say(f"{size}: {program.name}")
+            runs[program.name].append(run_measured(program.command, environment, log))
+            _say(f"{size}: {program.name} took {runs[program.name][-1].seconds:.1f} s")
     _say(f"{size}: accuracy")
+    merges = [program for program in programs if program.name != COPY]
     printed = subprocess.run(
-        _python("accuracy", base, adapter, outputs[PEFT], outputs[OURS]),
+        _python("accuracy", base, adapter, *(program.output for program in merges)),
         env=environment,
         stdout=subprocess.PIPE,
         check=True,
     ).stdout
     accuracy = [Accuracy(**fields) for fields in json.loads(printed)]
-    for folder in (base, adapter, *outputs.values()):
-        shutil.rmtree(folder)
+    for path in scratch.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     return Result(
         size,
         SHAPES[size].parameters,
         rank,
         {name: _median(usages) for name, usages in runs.items()},
-        dict(zip((PEFT, OURS), accuracy, strict=True)),
+        {program.name: figures for program, figures in zip(merges, accuracy, strict=True)},
     )
+
+
+def _psoft_export(*arguments: str | Path) -> list[str | Path]:
+    return [Path(sys.executable).with_name("psoft-export"), *arguments, "--quiet"]
 
 
 def _python(module: str, *arguments: str | Path) -> list[str | Path]:

@@ -147,7 +147,7 @@ def _print_report(console: Console, report: "MergeReport") -> None:
         "‖ΔW‖/‖W‖": f"{deltas[0]:.3g} to {deltas[-1]:.3g}",
         "largest rotation angle": f"{max(m.largest_angle for m in modules):.1f}°",
         "orthogonality error": f"{max(m.orthogonality_error for m in modules):.1e}",
-        "rounding": f"{max(m.rounding_ulp for m in modules):.3f} ulp at most (0.5 is perfect)",
+        "rounding error / ‖ΔW‖": f"{max(m.relative_rounding for m in modules):.2g} at most",
         "basis": _basis(basis),
     }
     table = Table.grid(padding=(0, 2))

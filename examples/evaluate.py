@@ -9,6 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from psoft_export import restore_basis
+
 
 def load_base(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model saved in `folder`, its weights cast to `dtype`, ready for inference."""
@@ -20,10 +22,11 @@ def load_with_peft(
 ) -> PeftModel:
     """The base in `dtype` with the adapter run by PEFT beside it, not merged.
 
-    PEFT computes the SVD of every target module here, in this process: see the project's notes
-    on singular vector signs.
+    PEFT finds a basis by an SVD on this machine; the recorded one, of training, takes its place.
     """
-    return PeftModel.from_pretrained(load_base(base_folder, dtype), str(adapter_folder)).eval()
+    model = PeftModel.from_pretrained(load_base(base_folder, dtype), str(adapter_folder))
+    restore_basis(model, adapter_folder)
+    return model.eval()
 
 
 @torch.inference_mode()

@@ -26,6 +26,8 @@ from transformers import (
     set_seed,
 )
 
+import psoft_export
+
 WINDOW = 256
 SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -179,6 +181,7 @@ def train_adapter(name: str, output: Path, schedule: Schedule) -> None:
     fit(model, _tokens(tokenizer, corpus.train), schedule)
     folder = output / "adapters" / name
     model.save_pretrained(folder, save_embedding_layers=False)
+    psoft_export.record_basis(model, folder)
     _make_portable(folder)
     after = held_out_loss(model, tokenizer, corpus.held_out)
     print(f"{name}: held-out loss {before:.3f} (base) -> {after:.3f} nats per byte", flush=True)

@@ -14,6 +14,7 @@ from psoft_export.basis.svd import Basis, Triplets, make_basis, training_svd
 from psoft_export.cache import BasisCache, CachedTriplets
 from psoft_export.device import device_name
 from psoft_export.errors import MismatchError
+from psoft_export.memory import release_freed_memory
 
 NO_RECORD = (
     "the adapter has no basis record, so nobody knows the signs of its singular vectors: taken "
@@ -157,6 +158,7 @@ class BasisFinder:
             cached = self._cache.get(sha256, self._solver, options.rank)
             if cached is not None:
                 return _on(cached.triplets, self._device), cached.next_value
+        release_freed_memory()
         if self._adapter.record is not None:
             solution = leading_triplets(weight.to(self._device), options.rank)
             triplets = solution.triplets

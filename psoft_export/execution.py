@@ -35,7 +35,6 @@ from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.writer import ShardWriter
 from psoft_export.errors import CheckpointError, NonFiniteError, UsageError
 from psoft_export.manifest import ModuleReport
-from psoft_export.memory import release_freed_memory
 from psoft_export.plan import MergePlan, PlannedShard, PlannedTensor
 from psoft_export.weights import BaseReader, TargetWeight
 
@@ -199,7 +198,6 @@ class Run:
         assert module is not None
         if not all_finite(target.values):
             raise _damaged(_entry(tensor))
-        release_freed_memory()
         parameters = self._plan.adapter.rotations[module]
         found = self._bases.find(module, target.as_trained, target.trained.sha256)
         weight = target.values.to(self._device)
@@ -221,7 +219,7 @@ class Run:
             largest_angle=math.degrees(float(rotation_angles(parameters)[0])),
             orthogonality_error=orthogonality_error(core_rotation(parameters)),
             basis_uncertainty=found.uncertainty,
-            rounding_ulp=figures.rounding_ulp,
+            relative_rounding=figures.relative_rounding,
         )
         return _Merged(blocks, report)
 

@@ -30,8 +30,8 @@ class ModuleReport:
         basis_uncertainty: what is not known of ΔW relative to ‖ΔW‖, by the gaps of the singular
             values and the precision of training's SVD, unknown signs apart; 0 with a full record,
             None where it cannot be told (low-rank SVD without a record).
-        rounding_ulp: bound of the distance of a merged entry from the exact sum, in units of the
-            last place of the output dtype; 0.5 is perfect.
+        relative_rounding: ‖merged − (W + ΔW)‖ / ‖ΔW‖, Frobenius: what rounding to the output
+            dtype cost, each entry being the number nearest to the sum.
     """
 
     module: str
@@ -42,7 +42,7 @@ class ModuleReport:
     largest_angle: float
     orthogonality_error: float
     basis_uncertainty: float | None
-    rounding_ulp: float
+    relative_rounding: float
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_demo_shows_what_the_readme_says() -> None:
 
 def test_committed_files_are_small_and_hold_no_pickle() -> None:
     weights = list(EXAMPLES.rglob("*.safetensors"))
-    assert len(weights) == 4 and not list(EXAMPLES.rglob("*.bin"))
+    assert len(weights) == 7 and not list(EXAMPLES.rglob("*.bin"))
     base = sum(p.stat().st_size for p in BASE.iterdir())
     adapters = sum(p.stat().st_size for p in (EXAMPLES / "adapters").rglob("*") if p.is_file())
     assert base <= 8_000_000 and adapters <= 1_000_000

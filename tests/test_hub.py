@@ -27,6 +27,7 @@ def hub(llama: Path, llama_adapter: Path, tmp_path: Path) -> Iterator[HubServer]
     (base / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
     (base / "2_Dense").mkdir()
     (base / "2_Dense" / "model.safetensors").write_bytes(b"part of the pipeline")
+    psoft_export.record(llama, llama_adapter, device="cpu")
     server = HubServer({"me/base": base, "me/adapter": llama_adapter}, ("main", "v2"))
     with server.running():
         yield server
@@ -56,6 +57,7 @@ def test_base_and_adapter_by_id_and_revision(
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     manifest = json.loads((out / "psoft_export.json").read_text())
     assert manifest["base"]["kind"] == "hub" and manifest["base"]["name"] == "me/base"
+    assert manifest["basis"]["record"]["kind"] == "signs", "it came with the adapter"
     assert manifest["base"]["revision"] == manifest["adapter"]["revision"] == COMMIT
     psoft_export.merge(llama, llama_adapter, tmp_path / "local", device="cpu")
     local = (tmp_path / "local" / "model.safetensors").read_bytes()

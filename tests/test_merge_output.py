@@ -351,7 +351,7 @@ def test_manifest_says_what_was_done(llama: Path, llama_adapter: Path, tmp_path:
     assert content["basis"]["solver"] == "full" and content["basis"]["device"] == "cpu"
     assert str(tmp_path) not in json.dumps(content), "no path of the machine"
     exact = models.exact_weights(models.load_with_peft("llama", llama, llama_adapter))
-    base = all_tensors(llama)
+    base, merged = all_tensors(llama), all_tensors(tmp_path / "out")
     for module in content["modules"]:
         weight = base[module["tensor"]].double()
         delta = exact[module["module"]] - weight
@@ -359,7 +359,8 @@ def test_manifest_says_what_was_done(llama: Path, llama_adapter: Path, tmp_path:
         assert module["shape"] == list(weight.shape) and module["rank"] == 8
         assert 0 < module["largest_angle"] < 180
         assert module["orthogonality_error"] < 1e-13
-        assert 0.4 < module["rounding_ulp"] <= 0.5
+        lost = (merged[module["tensor"]].double() - exact[module["module"]]).norm() / delta.norm()
+        assert module["relative_rounding"] == pytest.approx(float(lost), rel=1e-3)
         assert 0 < module["basis_uncertainty"] < 1e-2
 
 
