@@ -19,6 +19,7 @@ test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
 bench: $(READY)
+	$(BIN)/python -m benchmarks.solver
 	$(BIN)/python -m benchmarks.merge
 
 lint: $(READY)

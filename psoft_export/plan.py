@@ -464,7 +464,8 @@ def _missing_warning(missing: list[str], skeleton: Skeleton, renamed: bool) -> l
 
 
 def _basis_warning(adapter: Adapter) -> list[str]:
-    if adapter.basis_options.solver != "lowrank" or "random_seed" in adapter.config:
+    seeded = adapter.basis_options.solver != "lowrank" or "random_seed" in adapter.config
+    if seeded or adapter.record is not None:
         return []
     return [
         "the adapter's config has no 'random_seed': PEFT versions before that field drew its "

@@ -119,7 +119,8 @@ def record(
 
     Raises:
         OutputError: there is a record already, or the folder cannot be written.
-        UnsupportedError: `signs` for an adapter that needs `full`.
+        UnsupportedError: `signs` for an adapter that needs `full`, or a low-rank basis that was
+            drawn without a seed.
         PsoftExportError: as `merge`, for base and adapter.
     """
     folder = _own_folder(adapter)
@@ -130,6 +131,11 @@ def record(
             "itself; compare with --check, or replace it with --overwrite"
         )
     plan = replace(plan, adapter=replace(plan.adapter, record=None))
+    if plan.adapter.basis_options.solver == "lowrank" and "random_seed" not in plan.adapter.config:
+        raise UnsupportedError(
+            f"{plan.adapter.source.name}: its low-rank basis was drawn without a 'random_seed', so "
+            "no machine finds it again; record it where it trains, with psoft_export.record_basis"
+        )
     chosen = _checked_kind(kind, plan.adapter)
     on = choose_device(device)
     store = open_cache(cache_dir) if cache else None

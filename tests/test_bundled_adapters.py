@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 import psoft_export
 from psoft_export.algebra.rounding import unit_in_last_place
-from tests import models
+from tests import files, models
 from tests.conftest import BUNDLED, EXAMPLES
+from tests.machines import pretend, random_signs
 
 sys.path.insert(0, str(EXAMPLES.parent))  # the example scripts are run from their folder
 from corpora import CORPORA
@@ -47,6 +48,25 @@ def test_every_weight_is_the_nearest_bfloat16_number(name: str, tmp_path: Path) 
         error = (merged[f"{path}.weight"].double() - weight).abs()
         ulp = unit_in_last_place(weight, torch.bfloat16)
         assert float((error / ulp).max()) < 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_wrong_signs_cost_more_than_the_adapter_gives(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = EXAMPLES / "adapters" / name
+    bare = files.copy_of(recorded, tmp_path / "bare")
+    (bare / "psoft_basis.safetensors").unlink()
+    pretend(random_signs, monkeypatch)
+    for adapter, output in ((recorded, "with"), (bare, "without")):
+        psoft_export.merge(BASE, adapter, tmp_path / output, device="cpu", cache=False)
+    text = CORPORA[name]().held_out
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    base, right, wrong = (
+        held_out_loss(load_base(folder), tokenizer, text, windows=WINDOWS)
+        for folder in (BASE, tmp_path / "with", tmp_path / "without")
+    )
+    assert right < base - 0.3 and wrong > base + 0.1
 
 
 def test_demo_shows_what_the_readme_says() -> None:

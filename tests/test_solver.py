@@ -1,0 +1,206 @@
+"""The solver's triplets are those of a float64 SVD, whatever the shape and the spectrum."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from psoft_export.basis import solver
+from psoft_export.basis.solver import Solution, leading_triplets
+from psoft_export.basis.svd import Triplets
+from tests import models
+
+UNIT = 2.0**-24  # float32's rounding
+
+
+def decaying(count: int) -> Tensor:
+    return 1 + 10 * torch.arange(1, count + 1, dtype=torch.float64) ** -0.7
+
+
+def flat(count: int) -> Tensor:
+    return torch.exp(-torch.arange(count, dtype=torch.float64) / 1000)
+
+
+def clustered(count: int) -> Tensor:
+    """Pairs of equal values, and one value forty times, among values with gaps."""
+    values = decaying(count)
+    values[1] = values[0]
+    values[30:70] = values[30]
+    return values
+
+
+def low_rank(count: int) -> Tensor:
+    values = decaying(count)
+    values[12:] = 0
+    return values
+
+
+SPECTRA = {"decaying": decaying, "flat": flat, "clustered": clustered, "low rank": low_rank}
+SHAPES = [(384, 384), (640, 700), (700, 640), (1152, 96), (96, 1152), (1100, 1500)]
+
+
+def matrix(rows: int, columns: int, values: Tensor) -> Tensor:
+    """A float32 matrix with these singular values, to its rounding."""
+    generator = torch.Generator().manual_seed(7)
+    count = len(values)
+    left, _ = torch.linalg.qr(torch.randn(rows, count, generator=generator).double())
+    right, _ = torch.linalg.qr(torch.randn(columns, count, generator=generator).double())
+    return ((left * values) @ right.T).float()
+
+
+def check(weight: Tensor, rank: int, solution: Solution) -> None:
+    """Against a float64 SVD of the very matrix: values, vectors where they are unique, subspace."""
+    left, values, _ = torch.linalg.svd(weight.double(), full_matrices=False)
+    found = solution.triplets
+    assert found.left.shape == (weight.shape[0], rank) and found.left.dtype == torch.float32
+    assert found.right.shape == (rank, weight.shape[1]) and found.values.shape == (rank,)
+    largest = float(values[0])
+    assert float((found.values.double() - values[:rank]).abs().max()) <= UNIT * largest
+    u, v = found.left.double(), found.right.double()
+    for gram in (u.T @ u, v @ v.T):
+        assert float((gram - torch.eye(rank)).abs().max()) <= 4 * UNIT
+    product = weight.double() @ v.T - u * values[:rank]
+    # Entries are rounded to float32, so a product of them errs by some UNIT of σ₁ in norm.
+    assert float(product.norm(dim=0).max()) <= 4 * UNIT * largest
+    certificate = solution.certificate
+    assert certificate.accepted
+    if rank < len(values):
+        assert certificate.next_value == pytest.approx(float(values[rank]), abs=1e-9 * largest)
+    neighbours = torch.cat([torch.tensor([math.inf]).double(), values])
+    gaps = torch.minimum(neighbours[:rank] - values[:rank], values[:rank] - _after(values, rank))
+    unique = gaps > 1e-4 * largest
+    cosines = (u * left[:, :rank]).sum(0).abs()
+    assert float((1 - cosines[unique]).max() if unique.any() else 0.0) <= UNIT
+
+
+def _after(values: Tensor, rank: int) -> Tensor:
+    return torch.cat([values, torch.zeros(1).double()])[1 : rank + 1]
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triplets_are_those_of_a_float64_svd(shape: tuple[int, int], spectrum: str) -> None:
+    weight = matrix(*shape, SPECTRA[spectrum](min(shape)))
+    for rank in (8, 40):
+        check(weight, rank, leading_triplets(weight, rank))
+
+
+@pytest.mark.parametrize("rank", [1, 64, 200, 384])
+def test_every_rank_up_to_all(rank: int) -> None:
+    weight = matrix(384, 500, decaying(384))
+    check(weight, rank, leading_triplets(weight, rank))
+
+
+def test_real_weights() -> None:
+    state = load_file(models.MINILM / "model.safetensors")
+    for name in ("attention.self.query", "intermediate.dense", "output.dense"):
+        weight = state[f"encoder.layer.3.{name}.weight"].float()
+        check(weight, 32, leading_triplets(weight, 32))
+
+
+def test_the_fast_method_is_used_where_it_pays_and_left_where_it_does_not() -> None:
+    methods = {
+        (1100, 1500, "decaying"): "block-lanczos",
+        (384, 384, "decaying"): "gram",
+    }
+    for (rows, columns, spectrum), method in methods.items():
+        weight = matrix(rows, columns, SPECTRA[spectrum](min(rows, columns)))
+        assert leading_triplets(weight, 16).certificate.method == method
+
+
+def test_more_equal_values_than_a_block_holds_are_not_missed() -> None:
+    values = torch.cat([torch.full((40,), 5.0), torch.linspace(1, 0.1, 900)]).double()
+    weight = matrix(940, 1000, values)
+    solution = leading_triplets(weight, 48)
+    assert solution.certificate.method != "block-lanczos"
+    check(weight, 48, solution)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision(dtype: torch.dtype) -> None:
+    weight = matrix(640, 700, decaying(640)).to(dtype)
+    check(weight, 24, leading_triplets(weight, 24))
+
+
+def test_nothing_at_all() -> None:
+    solution = leading_triplets(torch.zeros(700, 640), 16)
+    assert torch.equal(solution.triplets.values, torch.zeros(16))
+    left = solution.triplets.left
+    assert torch.isfinite(left).all() and torch.isfinite(solution.triplets.right).all()
+
+
+def test_what_cannot_be_certified_goes_to_the_full_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = matrix(700, 640, decaying(640))
+    wanted = leading_triplets(weight, 16)
+    certified = solver._certificate
+
+    def doubt(*arguments: object) -> object:
+        found = certified(*arguments)  # type: ignore[arg-type]
+        return found if found.method == "svd" else _worse(found)
+
+    monkeypatch.setattr(solver, "_certificate", doubt)
+    solution = leading_triplets(weight, 16)
+    assert solution.certificate.method == "svd" and wanted.certificate.method == "block-lanczos"
+    check(weight, 16, solution)
+
+
+def _worse(certificate: solver.Certificate) -> solver.Certificate:
+    return replace(certificate, vector_error=1e-3, residual=1e-3)
+
+
+@pytest.mark.parametrize("part", ["vectors", "values"])
+def test_the_certificate_sees_a_wrong_vector(part: str) -> None:
+    weight = matrix(640, 700, decaying(640)).double()
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    near, far, sigma = left.T[:32].clone(), right[:32].clone(), values[:32].clone()
+    assert solver._certificate(weight, near, sigma, far, 16, "svd", 0).accepted
+    if part == "vectors":  # 1e-6 radians out of the subspace, both sides to match
+        near[5] += 1e-6 * left.T[100]
+        far[5] += 1e-6 * right[100]
+    else:
+        sigma[5] *= 1 + 1e-6
+    assert not solver._certificate(weight, near, sigma, far, 16, "svd", 0).accepted
+
+
+def test_the_same_bits_in_another_process() -> None:
+    script = (
+        "import hashlib, torch\n"
+        "from psoft_export.basis.solver import leading_triplets\n"
+        "from tests.test_solver import decaying, matrix\n"
+        "torch.set_num_threads(1)\n"
+        "found = leading_triplets(matrix(700, 640, decaying(640)), 24).triplets\n"
+        "data = b''.join(t.contiguous().numpy().tobytes() for t in\n"
+        "                (found.left, found.values, found.right))\n"
+        "print(hashlib.sha256(data).hexdigest())\n"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1] and len(runs[0]) == 65
+
+
+def test_the_callers_random_numbers_stay_as_they_are() -> None:
+    torch.manual_seed(3)
+    wanted = torch.rand(3)
+    torch.manual_seed(3)
+    leading_triplets(matrix(640, 700, decaying(640)), 16)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_triplets_on_a_gpu(spectrum: str) -> None:
+    weight = matrix(1100, 1500, SPECTRA[spectrum](1100))
+    solution = leading_triplets(weight.cuda(), 40)
+    assert solution.triplets.left.is_cuda
+    found = solution.triplets
+    moved = Triplets(found.left.cpu(), found.values.cpu(), found.right.cpu())
+    check(weight, 40, Solution(moved, solution.certificate))
