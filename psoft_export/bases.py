@@ -1,5 +1,6 @@
 """Where a module's basis comes from: its record, the cache, the solver, or the training's SVD."""
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from psoft_export.adapters.psoft import Adapter
 from psoft_export.algebra.rotation import rotation
 from psoft_export.basis.signs import SignMismatchError, delta_uncertainty, restore
-from psoft_export.basis.solver import SOLVER, leading_triplets
+from psoft_export.basis.solver import SOLVER, Workspace, leading_triplets
 from psoft_export.basis.svd import Basis, Triplets, make_basis, training_svd
 from psoft_export.cache import BasisCache, CachedTriplets
 from psoft_export.device import device_name
@@ -68,16 +69,8 @@ class BasisFinder:
         self._device = device
         self._svd_device = svd_device or device
         self._cache = cache
+        self._of_thread = threading.local()
         self._solver = SOLVER if adapter.record else _svd_name(self._svd_device)
-
-    @property
-    def concurrent(self) -> bool:
-        """Whether several modules at a time are faster than one after the other.
-
-        The full SVD is not among these: it wants all threads, and its signs depend on their
-        number.
-        """
-        return self._adapter.record is not None and self._device.type == "cpu"
 
     @property
     def warnings(self) -> list[str]:
@@ -126,12 +119,39 @@ class BasisFinder:
             RecordError: the record cannot be read.
             MismatchError: the record's singular values are not those of W.
         """
+        found = self.find_beside_others(module, weight, sha256)
+        if found is not None:
+            return found
+        release_freed_memory()
+        options = self._adapter.basis_options
+        single = weight.to(self._svd_device).to(torch.float32)
+        triplets, next_value = training_svd(single, options)
+        self._keep(sha256, CachedTriplets(triplets, next_value))
+        return self._made(module, _on(triplets, self._device), next_value)
+
+    def find_beside_others(self, module: str, weight: Tensor, sha256: str) -> FoundBasis | None:
+        """As `find`, from a thread among several; None where it takes training's own SVD.
+
+        That one wants every thread of torch, and its signs depend on their number.
+        """
         record, options = self._adapter.record, self._adapter.basis_options
         if record is not None and record.kind == "full":
             found = record.basis(module)
             basis = Basis(found.a.to(self._device), found.b.to(self._device))
             return FoundBasis(basis, 0.0, None)
-        triplets, next_value = self._triplets(weight, sha256)
+        cached = self._cached(sha256)
+        if cached is None and record is not None:
+            release_freed_memory()
+            solution = leading_triplets(weight.to(self._device), options.rank, self._workspace())
+            cached = CachedTriplets(solution.triplets, solution.certificate.next_value)
+            self._keep(sha256, cached)
+        if cached is None:
+            return None
+        return self._made(module, _on(cached.triplets, self._device), cached.next_value)
+
+    def _made(self, module: str, triplets: Triplets, next_value: float | None) -> FoundBasis:
+        """The basis of these triplets, with the record's signs where there is one."""
+        record, options = self._adapter.record, self._adapter.basis_options
         held = None
         if record is None:
             basis = make_basis(triplets, options)
@@ -150,26 +170,25 @@ class BasisFinder:
             uncertainty = delta_uncertainty(triplets.values, next_value, turn, held)
         return FoundBasis(basis, uncertainty, next_value)
 
-    def _triplets(self, weight: Tensor, sha256: str) -> tuple[Triplets, float | None]:
-        """The leading triplets on the merging device, from the cache or found now."""
-        options = self._adapter.basis_options
-        cacheable = self._cache is not None and options.solver == "full"
-        if cacheable and self._cache is not None:
-            cached = self._cache.get(sha256, self._solver, options.rank)
-            if cached is not None:
-                return _on(cached.triplets, self._device), cached.next_value
-        release_freed_memory()
-        if self._adapter.record is not None:
-            solution = leading_triplets(weight.to(self._device), options.rank)
-            triplets = solution.triplets
-            next_value: float | None = solution.certificate.next_value
-        else:
-            single = weight.to(self._svd_device).to(torch.float32)
-            found, next_value = training_svd(single, options)
-            triplets = _on(found, self._device)
-        if cacheable and self._cache is not None:
-            self._cache.put(sha256, self._solver, CachedTriplets(triplets, next_value))
-        return triplets, next_value
+    @property
+    def _usable_cache(self) -> BasisCache | None:
+        """The cache, for bases that depend on the weight and the solver alone."""
+        return self._cache if self._adapter.basis_options.solver == "full" else None
+
+    def _cached(self, sha256: str) -> CachedTriplets | None:
+        if (cache := self._usable_cache) is None:
+            return None
+        return cache.get(sha256, self._solver, self._adapter.basis_options.rank)
+
+    def _keep(self, sha256: str, found: CachedTriplets) -> None:
+        if (cache := self._usable_cache) is not None:
+            cache.put(sha256, self._solver, found)
+
+    def _workspace(self) -> Workspace:
+        if not hasattr(self._of_thread, "workspace"):
+            self._of_thread.workspace = Workspace()
+        workspace: Workspace = self._of_thread.workspace
+        return workspace
 
 
 def _on(triplets: Triplets, device: torch.device) -> Triplets:

@@ -15,12 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from psoft_export.basis.svd import Triplets
 from psoft_export.checkpoint.output import replacing_file
 from psoft_export.checkpoint.reader import raw
-from psoft_export.checkpoint.safetensors_file import read_header, read_tensor
+from psoft_export.checkpoint.safetensors_file import read_header
 from psoft_export.checkpoint.writer import ShardWriter, TensorSpec
 from psoft_export.errors import CheckpointError, OutputError, UsageError
 
@@ -85,19 +87,20 @@ class BasisCache:
             rank: number of triplets.
         """
         path = self._path(weight, solver)
-        if not path.exists():  # else another run's new entry could be taken for a damaged one
+        try:
+            data = path.read_bytes()  # at once: another run may replace the file meanwhile
+        except OSError:
             return None
         try:
-            entries, metadata = read_header(path)
+            tensors, metadata = safetensors.torch.load(data), _metadata(data)
             told = {"format": _FORMAT, "solver": solver, "weight": weight}
             if any(metadata.get(key) != value for key, value in told.items()):
                 raise CheckpointError(f"{path}: not an entry of this cache")
-            tensors = {entry.name: read_tensor(entry) for entry in entries}
             if _digest(tensors, metadata) != metadata["sha256"]:
                 raise CheckpointError(f"{path}: damaged")
             left, values, right = (tensors[name] for name in _TENSORS)
             next_value = float(metadata["next_value"]) if "next_value" in metadata else None
-        except (CheckpointError, KeyError, ValueError):
+        except (CheckpointError, SafetensorError, KeyError, ValueError):
             _discard(path)  # damaged, or of another release
             return None
         if len(values) < rank:
@@ -267,6 +270,12 @@ def _expanded(folder: str | Path) -> Path:
             f"'{folder}' cannot be found, as there is no such home folder; name the cache with "
             f"--cache-dir or {_FOLDER_VARIABLE}, or pass --no-cache"
         ) from cause
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file, given its bytes; the library has checked them."""
+    length = int.from_bytes(data[:8], "little")
+    return dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -6,6 +6,8 @@ import torch
 
 from psoft_export.errors import UsageError
 
+_MOST_WORKERS = 4  # each holds a weight in float64; with more cores, each has several threads
+
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 
@@ -30,3 +32,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return device.type
+
+
+def workers_on(device: torch.device) -> int:
+    """How many weights are merged at a time on `device`, each with its share of torch's threads.
+
+    On a CPU small weights keep few threads busy; a GPU is busy with one.
+    """
+    return min(torch.get_num_threads(), _MOST_WORKERS) if device.type == "cpu" else 1

@@ -6,10 +6,11 @@ Reading, computing and writing overlap; memory is bounded by the largest target,
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,16 +28,20 @@ from psoft_export.algebra.rotation import (
     rotation_angles,
 )
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
-from psoft_export.bases import BasisFinder
+from psoft_export.bases import BasisFinder, FoundBasis
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
 from psoft_export.checkpoint.pipeline import WriteBehind, read_ahead
 from psoft_export.checkpoint.reader import raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.writer import ShardWriter
+from psoft_export.device import workers_on
 from psoft_export.errors import CheckpointError, NonFiniteError, UsageError
 from psoft_export.manifest import ModuleReport
 from psoft_export.plan import MergePlan, PlannedShard, PlannedTensor
 from psoft_export.weights import BaseReader, TargetWeight
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _CHUNKS_AHEAD = 2
 _WAITING_BYTES = 16 * 2**20  # copied tensors that may wait behind a target
@@ -109,35 +114,42 @@ class Run:
 
     def write_weights(self, folder: Path) -> None:
         """Write every weight file into `folder`."""
-        workers = torch.get_num_threads() if self._bases.concurrent else 1
+        count = workers_on(self._device)
         with ExitStack() as stack:
             sink = stack.enter_context(_ShardSink(folder))
             writer = stack.enter_context(WriteBehind(sink.write, _CHUNKS_AHEAD))
-            submit = stack.enter_context(_workers(workers))
-            waiting = _Waiting(1 if workers == 1 else workers + 1)
+            workers = stack.enter_context(_Workers(count))
+            largest = max(tensor.spec.nbytes for tensor in self._plan.targets)
+            waiting = _Waiting((count + 1) * largest if count > 1 else 0)
             for piece in read_ahead(self._pieces(), 1):
                 if isinstance(piece, _Target):
-                    waiting.add(piece, submit(self._merged, piece))
+                    waiting.add(piece, workers.submit(self._merged_beside_others, piece))
                 else:
                     waiting.add(piece, None)
                 del piece
                 while waiting.is_full:
-                    self._emit(*waiting.next(), writer)
+                    self._emit(waiting, workers, writer)
             while waiting:
-                self._emit(*waiting.next(), writer)
+                self._emit(waiting, workers, writer)
 
     def _emit(
         self,
-        piece: "_Copy | _Target",
-        future: "Future[_Merged] | None",
+        waiting: "_Waiting",
+        workers: "_Workers",
         writer: "WriteBehind[tuple[PlannedShard, Tensor]]",
     ) -> None:
-        """Hand the bytes of one piece to the writer, when they are there."""
-        if future is None:
-            assert isinstance(piece, _Copy)
+        """Hand the bytes of the first piece to the writer, when they are there."""
+        piece, future = waiting.next()
+        if isinstance(piece, _Copy):
             blocks = [self._copied(piece)]
         else:
+            assert future is not None
             merged = future.result()
+            # Where one weight takes the full SVD, the next will: nothing waits beside it.
+            waiting.is_narrow = merged is None
+            if merged is None:
+                found = workers.alone(self._full_svd, piece)
+                merged = workers.submit(self._merged, piece, found).result()
             blocks = merged.blocks
             self.modules.append(merged.report)
         for data in blocks:
@@ -178,11 +190,23 @@ class Run:
             raise _does_not_fit(tensor)
         return raw(cast)
 
-    def _merged(self, piece: _Target) -> _Merged:
-        """Merge one target; runs in a worker thread."""
-        tensor = piece.tensor
+    def _merged_beside_others(self, piece: _Target) -> _Merged | None:
+        """Merge one target beside others; None where its basis takes the full SVD."""
+        with self._errors_named(piece.tensor):
+            if not all_finite(piece.weight.values):
+                raise _damaged(_entry(piece.tensor))
+            found = self._bases.find_beside_others(*_sought(piece))
+        return None if found is None else self._merged(piece, found)
+
+    def _full_svd(self, piece: _Target) -> FoundBasis:
+        with self._errors_named(piece.tensor):
+            return self._bases.find(*_sought(piece))
+
+    @contextmanager
+    def _errors_named(self, tensor: PlannedTensor) -> Iterator[None]:
+        """Errors of the computation, with the tensor they are about."""
         try:
-            return self._merge_weight(tensor, piece.weight)
+            yield
         except torch.linalg.LinAlgError as cause:  # type: ignore[attr-defined]
             raise CheckpointError(
                 f"{_entry(tensor).file}: the SVD of '{tensor.spec.name}' does not converge"
@@ -193,20 +217,11 @@ class Run:
                 f"{list(tensor.spec.shape)}; use --device cpu"
             ) from cause
 
-    def _merge_weight(self, tensor: PlannedTensor, target: TargetWeight) -> _Merged:
-        module = tensor.module
+    def _merged(self, piece: _Target, found: FoundBasis) -> _Merged:
+        tensor, module = piece.tensor, piece.tensor.module
         assert module is not None
-        if not all_finite(target.values):
-            raise _damaged(_entry(tensor))
         parameters = self._plan.adapter.rotations[module]
-        found = self._bases.find(module, target.as_trained, target.trained.sha256)
-        weight = target.values.to(self._device)
-        turn = rotation(parameters)
-        scaling = self._plan.adapter.basis_options.scaling
-        left, right = low_rank_factors(found.basis.a, found.basis.b, turn, scaling)
-        figures = MergeFigures(product_norm(left, right))
-        dtype = TORCH_DTYPES[tensor.spec.dtype]
-        blocks = [raw(block) for block in merged_blocks(weight, left, right, dtype, figures)]
+        figures, blocks = self._product(piece, found, rotation(parameters))
         if not figures.finite:
             raise _does_not_fit(tensor)
         rows, columns = tensor.spec.shape
@@ -223,6 +238,19 @@ class Run:
         )
         return _Merged(blocks, report)
 
+    def _product(
+        self, piece: _Target, found: FoundBasis, turn: Tensor
+    ) -> tuple[MergeFigures, list[Tensor]]:
+        """The merged weight's bytes in row blocks, and what was measured of it."""
+        with self._errors_named(piece.tensor):
+            weight = piece.weight.values.to(self._device)
+            scaling = self._plan.adapter.basis_options.scaling
+            left, right = low_rank_factors(found.basis.a, found.basis.b, turn, scaling)
+            figures = MergeFigures(product_norm(left, right))
+            dtype = TORCH_DTYPES[piece.tensor.spec.dtype]
+            blocks = merged_blocks(weight, left, right, dtype, figures)
+            return figures, [raw(block) for block in blocks]
+
     def _report(self, tensor: PlannedTensor, nbytes: int) -> None:
         self._done_bytes += nbytes
         if self._progress is not None:
@@ -237,38 +265,62 @@ class Run:
             )
 
 
-@contextmanager
-def _workers(count: int) -> Iterator[Callable[..., "Future[_Merged]"]]:
-    """A way to start work: in `count` threads of one torch thread each, or here and now for one.
+class _Workers(AbstractContextManager["_Workers"]):
+    """Threads that divide torch's own among them; a single one works here and now.
 
-    One worker means that torch's own threads do the work; those of a second thread would only
-    wait for the first's.
+    Each piece of work has the same number of torch's threads in every run, so that results do
+    not depend on what else was running.
     """
-    if count == 1:
-        yield _at_once
-        return
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "psoft-merge", torch.set_num_threads, (1,))
-    try:
-        yield pool.submit
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)  # threads made from now on would have one
 
+    def __init__(self, count: int) -> None:
+        """Start `count` threads."""
+        self._threads = torch.get_num_threads()
+        self._share = self._threads // count
+        self._pool = ThreadPoolExecutor(count, "psoft-merge") if count > 1 else None
+        self._running: set[Future[Any]] = set()
 
-def _at_once(work: Callable[[_Target], _Merged], piece: _Target) -> "Future[_Merged]":
-    future: Future[_Merged] = Future()
-    future.set_result(work(piece))
-    return future
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(self._threads)
+
+    def submit(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> "Future[T]":
+        """Start one piece of work."""
+        if self._pool is None:
+            future: Future[T] = Future()
+            future.set_result(work(*args, **named))
+            return future
+
+        def in_share() -> T:
+            # Each time: what one thread sets for itself, MKL takes for all.
+            torch.set_num_threads(self._share)
+            return work(*args, **named)
+
+        future = self._pool.submit(in_share)
+        self._running = {other for other in self._running if not other.done()} | {future}
+        return future
+
+    def alone(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        """Do one piece of work with all of torch's threads, when everything else is done."""
+        wait(self._running)
+        torch.set_num_threads(self._threads)
+        return work(*args, **named)
 
 
 class _Waiting:
-    """Pieces on their way, in the order of the output; a bounded number of them."""
+    """Pieces on their way, in the order of the output; a bounded number of bytes.
 
-    def __init__(self, targets: int) -> None:
-        """Hold at most `targets` targets, and few copied bytes behind them."""
-        self._limit = targets
-        self._pieces: deque[tuple[_Copy | _Target, Future[_Merged] | None]] = deque()
+    Small targets do not count as large ones, or a worker would have nothing to do beside one.
+
+    Attributes:
+        is_narrow: one piece only, the state at the start.
+    """
+
+    def __init__(self, target_bytes: int) -> None:
+        """Take targets until they reach `target_bytes`, and few copied bytes behind them."""
+        self.is_narrow = True
+        self._limit = target_bytes
+        self._pieces: deque[tuple[_Copy | _Target, Future[_Merged | None] | None]] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
@@ -278,17 +330,17 @@ class _Waiting:
         """Whether the first piece must go before another can be taken."""
         if not self._pieces:
             return False
-        futures = [future for _, future in self._pieces if future is not None]
+        targets = sum(p.tensor.spec.nbytes for p, _ in self._pieces if isinstance(p, _Target))
         copied = sum(p.data.numel() for p, _ in self._pieces if isinstance(p, _Copy))
         first = self._pieces[0][1]
         ready = first is None or first.done()
-        return ready or len(futures) >= self._limit or copied > _WAITING_BYTES
+        return ready or self.is_narrow or targets >= self._limit or copied > _WAITING_BYTES
 
-    def add(self, piece: _Copy | _Target, future: "Future[_Merged] | None") -> None:
+    def add(self, piece: _Copy | _Target, future: "Future[_Merged | None] | None") -> None:
         """Take the next piece, with the work on it where there is some."""
         self._pieces.append((piece, future))
 
-    def next(self) -> "tuple[_Copy | _Target, Future[_Merged] | None]":
+    def next(self) -> "tuple[_Copy | _Target, Future[_Merged | None] | None]":
         """The first piece."""
         return self._pieces.popleft()
 
@@ -322,6 +374,12 @@ class _ShardSink:
             self._shard = shard
         assert self._writer is not None
         self._writer.append(data)
+
+
+def _sought(piece: _Target) -> tuple[str, Tensor, str]:
+    """The arguments of `BasisFinder.find`."""
+    assert piece.tensor.module is not None
+    return piece.tensor.module, piece.weight.as_trained, piece.weight.trained.sha256
 
 
 def _entry(tensor: PlannedTensor) -> TensorEntry:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from psoft_export.checkpoint.reader import CHUNK_BYTES, SAFETENSORS, Checkpoint,
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.source import Source
 from psoft_export.checkpoint.writer import TensorSpec, aligned_order
+from psoft_export.device import workers_on
 from psoft_export.errors import MismatchError, UnsupportedError, UsageError
 from psoft_export.model.skeleton import Skeleton, find_skeleton, read_config
 
@@ -90,13 +92,21 @@ class MergePlan:
 
     @property
     def working_bytes(self) -> int:
-        """Estimate of the memory that tensors take at the worst moment of the merge.
+        """Estimate of the memory that tensors take at the worst moment of a merge on the CPU.
 
-        For the largest target of m × n, k = min(m, n): W in float32, the copy that LAPACK
-        overwrites, U, S and Vᵀ, its workspace (gesdd: about 4k² + 7k numbers), and chunks on
-        their way. Python, its libraries and their buffers (some 400 MB) come on top.
+        Without a basis record, for the largest target of m × n, k = min(m, n): W in float32, the
+        copy that LAPACK overwrites, U, S and Vᵀ, and its workspace (gesdd: about 4k² + 7k
+        numbers). With one of signs, for each worker thread W and a Krylov space in float64. Then
+        chunks and weights on their way. Python, its libraries and their buffers (some 400 MB)
+        come on top.
         """
-        return 8 * CHUNK_BYTES + max((_svd_bytes(t.spec.shape) for t in self.targets), default=0)
+        record, workers = self.adapter.record, workers_on(torch.device("cpu"))
+        shapes = [target.spec.shape for target in self.targets]
+        on_their_way = 2 * (workers + 1) * max((t.spec.nbytes for t in self.targets), default=0)
+        if record is None:
+            return 8 * CHUNK_BYTES + max(map(_svd_bytes, shapes), default=0)
+        solving = max(map(_solver_bytes, shapes), default=0) if record.kind == "signs" else 0
+        return 8 * CHUNK_BYTES + on_their_way + workers * solving
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as one JSON-ready object."""
@@ -478,3 +488,9 @@ def _svd_bytes(shape: tuple[int, ...]) -> int:
     short = min(rows, columns)
     numbers = 2 * rows * columns + short * (rows + columns) + 4 * short * short + 7 * short
     return 4 * numbers
+
+
+def _solver_bytes(shape: tuple[int, ...]) -> int:
+    """Of `basis.solver`: W, and at worst a Krylov space and its projection."""
+    rows, columns = shape
+    return 8 * (rows * columns + min(rows, columns) ** 2)

@@ -56,7 +56,7 @@ def pretend(svd: Svd, patch: pytest.MonkeyPatch) -> None:
         left, values, right = svd(weight)
         return Triplets(left, values, right).truncated(rank), float(values[rank])
 
-    def solver(weight: Tensor, rank: int) -> Solution:
+    def solver(weight: Tensor, rank: int, workspace: object) -> Solution:
         found, following = triplets(weight, rank)
         return Solution(found, Certificate("svd", 0.0, 0.0, 0.0, 0.0, following, 0))
 

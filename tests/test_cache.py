@@ -221,3 +221,19 @@ def test_no_cache_writes_none(llama: Path, tmp_path: Path, cache_folder: Path) -
     adapter = models.save_adapter("llama", llama, tmp_path / "adapter")
     psoft_export.merge(llama, adapter, tmp_path / "out", device="cpu", cache=False)
     assert not cache_folder.exists()
+
+
+def test_a_cache_with_holes_gives_the_same_model(tmp_path: Path) -> None:
+    bare = files.copy_of(EXAMPLES / "adapters" / BUNDLED[1], tmp_path / "bare")
+    (bare / "psoft_basis.safetensors").unlink()
+    settings: dict[str, Any] = {"device": "cpu", "cache_dir": tmp_path / "cache"}
+    threads = torch.get_num_threads()
+    psoft_export.merge(BASE, bare, tmp_path / "wanted", **settings)
+    entries = sorted(entry.path for entry in open_cache(tmp_path / "cache").entries())
+    for path in entries[::3]:  # found again by all threads, between others merged beside each other
+        path.unlink()
+    psoft_export.merge(BASE, bare, tmp_path / "got", **settings)
+    assert torch.get_num_threads() == threads
+    one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("wanted", "got"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert sorted(entry.path for entry in open_cache(tmp_path / "cache").entries()) == entries

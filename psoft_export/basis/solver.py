@@ -70,7 +70,26 @@ class Solution:
     certificate: Certificate
 
 
-def leading_triplets(weight: Tensor, rank: int) -> Solution:
+class Workspace:
+    """The large arrays of a solve, kept for the next one; for one thread at a time.
+
+    Fresh memory of that size comes from the operating system page by page, a tenth of a solve.
+    """
+
+    def __init__(self) -> None:
+        """Takes no memory yet."""
+        self._kept: dict[tuple[str, torch.device], Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int, device: torch.device) -> Tensor:
+        """An uninitialised float64 matrix, until `name` is asked for again on that device."""
+        key, count = (name, device), rows * columns
+        if key not in self._kept or self._kept[key].numel() < count:
+            self._kept.pop(key, None)  # before the larger one is made
+            self._kept[key] = torch.empty(count, dtype=torch.float64, device=device)
+        return self._kept[key][:count].view(rows, columns)
+
+
+def leading_triplets(weight: Tensor, rank: int, workspace: Workspace | None = None) -> Solution:
     """The r leading singular triplets of W, as a float64 SVD rounded to float32 would give them.
 
     Deterministic for a given device and thread count. Signs are arbitrary, as those of any SVD.
@@ -78,6 +97,7 @@ def leading_triplets(weight: Tensor, rank: int) -> Solution:
     Args:
         weight: W, out × in, float32, float16 or bfloat16, finite, on the device to compute on.
         rank: r, at most min(out, in).
+        workspace: memory to use again, where several weights follow one another.
 
     Returns:
         The triplets and what certifies them. `certificate.method` is `svd` where the faster
@@ -85,13 +105,14 @@ def leading_triplets(weight: Tensor, rank: int) -> Solution:
     """
     rows, columns = weight.shape
     tall = rows > columns
-    matrix = weight.double()
+    memory = workspace or Workspace()
+    matrix = memory.take("weight", rows, columns, weight.device).copy_(weight)
     short = matrix.T if tall else matrix  # k × l, k ≤ l; a view
     size = short.shape[0]
     kept = min(size, rank + max(16, rank // 4))
     found = None
     if size > _SMALL_SIDE and rank <= _LARGE_SHARE * size:
-        found = _certified(short, _lanczos(short, rank, kept), rank, "block-lanczos")
+        found = _certified(short, _lanczos(short, rank, kept, memory), rank, "block-lanczos")
     if found is None:
         found = _certified(short, _gram(short, kept), rank, "gram")
     if found is None:
@@ -139,7 +160,7 @@ def _gram(short: Tensor, kept: int) -> _Space:
     return _Space(vectors.flip(1)[:, :kept].T)
 
 
-def _lanczos(short: Tensor, rank: int, kept: int) -> _Space | None:
+def _lanczos(short: Tensor, rank: int, kept: int, memory: Workspace) -> _Space | None:
     """The leading `kept` Ritz vectors of short · shortᵀ, or None where it does not converge.
 
     Stops when the first `rank` of them are within `_TOLERANCE` by their residuals, and gives up
@@ -148,7 +169,7 @@ def _lanczos(short: Tensor, rank: int, kept: int) -> _Space | None:
     size = short.shape[0]
     limit = int(_KRYLOV_SHARE * size) // _BLOCK * _BLOCK
     midway = limit // 2 if size < _MIDDLE_SIDE else limit
-    basis = torch.empty(limit, size, dtype=torch.float64, device=short.device)
+    basis = memory.take("basis", limit, size, short.device)
     projected = torch.zeros(limit, limit, dtype=torch.float64)
     # Drawn on the CPU, so that it is the same start on every device.
     start = torch.randn(size, _BLOCK, dtype=torch.float64, generator=_generator())

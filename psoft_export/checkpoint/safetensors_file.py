@@ -52,7 +52,8 @@ def read_header(
             header = json.loads(file.read(length))
     except FileNotFoundError as cause:
         raise error(f"{path}: no such file") from cause
-    except (SafetensorError, OSError, ValueError) as cause:
+    # RuntimeError: the file went away, or was replaced, between the library's two looks at it.
+    except (SafetensorError, OSError, ValueError, RuntimeError) as cause:
         raise error(
             f"{path}: not a readable safetensors file ({first_line(cause)}); "
             "copy or download it again"
