@@ -54,6 +54,7 @@ def _print_summary(console: Console, summary: "AdapterSummary") -> None:
     head.add_row("options", ", ".join(f"{name} {value}" for name, value in summary.options.items()))
     head.add_row("rank", str(summary.rank))
     head.add_row("parameters", f"{summary.parameters:,} in {len(summary.layers)} modules")
+    head.add_row("basis record", summary.record or "none (docs/basis.md)")
     if summary.saved:
         saved = ", ".join(f"{name} {list(shape)}" for name, shape in summary.saved.items())
         head.add_row("saved modules", saved)

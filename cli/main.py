@@ -8,9 +8,6 @@ from typing import Annotated
 
 import typer
 
-# Before torch is imported, which the commands do. Large pages make its SVDs some 8 % faster.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 from psoft_export.cli import cache, inspect, merge, record
 from psoft_export.cli.output import print_error
 from psoft_export.errors import PsoftExportError, UsageError

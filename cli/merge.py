@@ -79,7 +79,13 @@ def merge_command(
     names = [name.strip() for name in labels.split(",")] if labels is not None else None
     if dry_run:
         plan = plan_merge(
-            base, adapter, dtype=dtype, max_shard_size=max_shard_size, labels=names, token=token
+            base,
+            adapter,
+            require_record=require_record,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            labels=names,
+            token=token,
         )
         for warning in plan.warnings:
             out.warn(warning)
@@ -125,6 +131,9 @@ def _print_plan(console: Console, plan: "MergePlan") -> None:
     )
     for field, value in plan.config_changes.items():
         console.print(f"config.json: {field} becomes {value}", markup=False)
+    record = plan.adapter.record
+    basis = f"recorded ({record.kind}; {record.svd.origin})" if record else "not recorded"
+    console.print(f"basis {basis}", markup=False, highlight=False)
     console.print(
         f"disk {size(plan.output_bytes)}, memory for tensors about {size(plan.working_bytes)} "
         "(CPU; Python and its libraries not counted)"
@@ -142,6 +151,7 @@ def _print_report(console: Console, report: "MergeReport") -> None:
     modules = report.modules
     deltas = sorted(module.relative_delta for module in modules)
     basis = report.manifest["basis"]
+    open_ = [module.basis_uncertainty for module in modules]
     rows = {
         "merged": f"{len(modules)} modules, rank {modules[0].rank}",
         "‖ΔW‖/‖W‖": f"{deltas[0]:.3g} to {deltas[-1]:.3g}",
@@ -149,6 +159,7 @@ def _print_report(console: Console, report: "MergeReport") -> None:
         "orthogonality error": f"{max(m.orthogonality_error for m in modules):.1e}",
         "rounding error / ‖ΔW‖": f"{max(m.relative_rounding for m in modules):.2g} at most",
         "basis": _basis(basis),
+        "left open by the basis / ‖ΔW‖": "?" if None in open_ else f"{max(open_):.1e} at most",
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():

@@ -88,12 +88,11 @@ class BasisFinder:
         if record is None:
             origin: dict[str, Any] = {"record": None}
         else:
-            svd = record.svd
             origin = {
                 "record": {
                     "kind": record.kind,
                     "sha256": self._adapter.sha256[record.path.name],
-                    "svd": f"{svd.solver}, {svd.device}, {svd.library}",
+                    "svd": record.svd.origin,
                 }
             }
         if record is not None and record.kind == "full":

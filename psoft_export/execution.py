@@ -149,7 +149,7 @@ class Run:
             waiting.is_narrow = merged is None
             if merged is None:
                 found = workers.alone(self._full_svd, piece)
-                merged = workers.submit(self._merged, piece, found).result()
+                merged = workers.here(self._merged, piece, found)
             blocks = merged.blocks
             self.modules.append(merged.report)
         for data in blocks:
@@ -299,6 +299,14 @@ class _Workers(AbstractContextManager["_Workers"]):
         future = self._pool.submit(in_share)
         self._running = {other for other in self._running if not other.done()} | {future}
         return future
+
+    def here(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        """Do one piece of work in this thread, with the threads of torch that a worker has.
+
+        Where nothing runs beside it: MKL keeps buffers for every thread that ever multiplied.
+        """
+        torch.set_num_threads(self._share)
+        return work(*args, **named)
 
     def alone(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Do one piece of work with all of torch's threads, when everything else is done."""

@@ -65,6 +65,7 @@ class AdapterSummary:
         parameters: number of trained numbers in the rotations.
         saved: tensors of `modules_to_save`, name → shape.
         layers: one entry a module, in the order of the file.
+        record: the basis record's kind and origin in one line, or None without one.
         base: the base's name, and `model_class` the class matched; None without a base.
     """
 
@@ -75,6 +76,7 @@ class AdapterSummary:
     parameters: int
     saved: Mapping[str, tuple[int, ...]]
     layers: tuple[LayerSummary, ...]
+    record: str | None = None
     base: str | None = None
     model_class: str | None = None
 
@@ -133,6 +135,7 @@ def _summarise(adapter: Adapter, plan: MergePlan | None) -> AdapterSummary:
                 shape=entry.shape if entry else None,
             )
         )
+    record = adapter.record
     return AdapterSummary(
         name=adapter.source.name,
         method=_method(adapter),
@@ -141,6 +144,7 @@ def _summarise(adapter: Adapter, plan: MergePlan | None) -> AdapterSummary:
         parameters=adapter.parameter_count,
         saved={name: tuple(tensor.shape) for name, tensor in adapter.saved.items()},
         layers=tuple(layers),
+        record=f"{record.kind}; {record.svd.origin}" if record else None,
         base=plan.base.name if plan else None,
         model_class=plan.class_name if plan else None,
     )

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from psoft_export.adapters.psoft import load_adapter
+from psoft_export.adapters import basis_record
+from psoft_export.adapters.basis_record import BasisRecord
+from psoft_export.adapters.psoft import Adapter, load_adapter
 from psoft_export.algebra.merged_weight import product_dtype, product_error_bound
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import BasisCache, open_cache
@@ -87,13 +89,14 @@ def merge(
     store = open_cache(cache_dir) if cache else None
     check_target(Path(output).absolute(), overwrite=overwrite)
     plan = plan_merge(
-        base, adapter, dtype=dtype, max_shard_size=max_shard_size, labels=labels, token=token
+        base,
+        adapter,
+        require_record=require_record,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        labels=labels,
+        token=token,
     )
-    if require_record and plan.adapter.record is None:
-        raise RecordMissingError(
-            f"{plan.adapter.source.name}: has no basis record (psoft_basis.safetensors); make one "
-            "with 'psoft-export record' on the machine that trained it"
-        )
     return execute_merge(
         plan,
         output,
@@ -109,6 +112,7 @@ def plan_merge(
     base: str | Path,
     adapter: str | Path,
     *,
+    require_record: bool = False,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     labels: Sequence[str] | None = None,
@@ -117,6 +121,8 @@ def plan_merge(
     """What `merge` would do with these arguments; reads headers and the adapter, no weights."""
     code = parse_dtype(dtype) if dtype is not None else None
     loaded = load_adapter(adapter, token=token)
+    if require_record:
+        needed_record(loaded)
     source = resolve(base, companions.CONFIG, base_files, token=token)
     checkpoint = open_checkpoint(source.folder)
     return make_plan(
@@ -127,6 +133,20 @@ def plan_merge(
         max_shard_size=max_shard_size,
         labels=tuple(labels) if labels is not None else None,
     )
+
+
+def needed_record(adapter: Adapter) -> BasisRecord:
+    """The adapter's basis record.
+
+    Raises:
+        RecordMissingError: it has none.
+    """
+    if adapter.record is None:
+        raise RecordMissingError(
+            f"{adapter.source.name}: has no basis record ({basis_record.FILENAME}); make one with "
+            "'psoft-export record' on the machine that trained it"
+        )
+    return adapter.record
 
 
 def base_files(names: Iterable[str]) -> list[str]:

@@ -128,6 +128,7 @@ class MergePlan:
             "files": [shard.filename for shard in self.shards],
             "disk_bytes": self.output_bytes,
             "memory_bytes": self.working_bytes,
+            "basis_record": self.adapter.record.kind if self.adapter.record else None,
             "warnings": list(self.warnings),
         }
 

@@ -28,12 +28,11 @@ from psoft_export.checkpoint.output import OutputFolder
 from psoft_export.device import choose_device, device_name
 from psoft_export.errors import (
     OutputError,
-    RecordMissingError,
     UnsupportedError,
     UsageError,
 )
 from psoft_export.execution import Progress, ProgressCallback
-from psoft_export.merging import plan_merge
+from psoft_export.merging import needed_record, plan_merge
 from psoft_export.plan import MergePlan
 from psoft_export.weights import BaseReader, TargetWeight
 
@@ -171,7 +170,7 @@ def check_record(
         MismatchError: the record was made from another base.
     """
     plan = plan_merge(base, adapter, token=token)
-    recorded = _needed_record(plan.adapter)
+    recorded = needed_record(plan.adapter)
     on = choose_device(device)
     store = open_cache(cache_dir) if cache else None
     ours = BasisFinder(plan.adapter, device=on, cache=store)
@@ -236,7 +235,7 @@ def convert(
         OutputError: the output cannot be written.
     """
     plan = plan_merge(base, adapter, token=token)
-    recorded = _needed_record(plan.adapter)
+    recorded = needed_record(plan.adapter)
     kind: Kind = recorded.kind if to == "this-machine" else to
     _checked_kind(kind, plan.adapter)
     on = choose_device(device)
@@ -413,15 +412,6 @@ def _advice(kind: Kind, modules: list[RecordedModule]) -> tuple[str, ...]:
         f"signs leave {worst.uncertainty:.1%} of ΔW open in '{worst.module}' ({len(open_)} modules "
         f"above {ADVISED_LIMIT:.0%}); kind 'full' leaves nothing open",
     )
-
-
-def _needed_record(adapter: Adapter) -> basis_record.BasisRecord:
-    if adapter.record is None:
-        raise RecordMissingError(
-            f"{adapter.source.name}: has no basis record ({basis_record.FILENAME}); make one with "
-            "'psoft-export record' on the machine that trained it"
-        )
-    return adapter.record
 
 
 def _own_folder(adapter: str | Path) -> Path:

@@ -47,9 +47,11 @@ def test_dry_run_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     assert "model.layers.3.mlp.down_proj.weight" in said and "256 × 768" in said
     assert "28 of 39 tensors" in said and "memory for tensors" in said
+    assert "basis recorded (signs; full SVD, cpu" in said
     assert run(merge_line(tmp_path / "out", "--dry-run", "--json")) == 0
     plan = json.loads(capsys.readouterr().out)
     assert len(plan["targets"]) == 28 and plan["disk_bytes"] == 6_561_280
+    assert plan["basis_record"] == "signs"
     assert not (tmp_path / "out").exists()
 
 

@@ -156,6 +156,9 @@ def test_require_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     line = ["merge", "--base", str(BASE), "--require-record", "--device", "cpu", "--quiet"]
     assert run([*line, "--adapter", str(bare), "--output", str(tmp_path / "out")]) == MISSING
     assert "psoft-export record" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    plan = [*line, "--adapter", str(bare), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert run(plan) == MISSING and "psoft-export record" in capsys.readouterr().err
+    assert psoft_export.inspect(bare).record is None
     recorded = EXAMPLES / "adapters" / BUNDLED[1]
     assert run([*line, "--adapter", str(recorded), "--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr() == ("", "")
@@ -180,6 +183,7 @@ def test_record_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     line = ["record", "--base", str(BASE), "--adapter", str(adapter), "--device", "cpu"]
     assert run(line) == 0
     said = capsys.readouterr().out
+    assert (psoft_export.inspect(adapter).record or "").startswith("signs; full SVD, cpu")
     assert "model.layers.3.mlp.down_proj" in said and f"signs record {adapter / FILENAME}" in said
     assert run([*line, "--check", "--json"]) == 0
     checked = json.loads(capsys.readouterr().out)

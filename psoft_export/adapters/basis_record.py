@@ -65,6 +65,11 @@ class SvdDescription:
     scaling: float
     initialisation: str
 
+    @property
+    def origin(self) -> str:
+        """Solver, device and library in one line."""
+        return f"{self.solver} SVD, {self.device}, {self.library}"
+
 
 @dataclass(frozen=True)
 class BasisRecord:
