@@ -151,7 +151,8 @@ def _print_report(console: Console, report: "MergeReport") -> None:
     modules = report.modules
     deltas = sorted(module.relative_delta for module in modules)
     basis = report.manifest["basis"]
-    open_ = [module.basis_uncertainty for module in modules]
+    known = [m.basis_uncertainty for m in modules if m.basis_uncertainty is not None]
+    left_open = f"{max(known):.1e} at most" if len(known) == len(modules) else "not known"
     rows = {
         "merged": f"{len(modules)} modules, rank {modules[0].rank}",
         "‖ΔW‖/‖W‖": f"{deltas[0]:.3g} to {deltas[-1]:.3g}",
@@ -159,7 +160,7 @@ def _print_report(console: Console, report: "MergeReport") -> None:
         "orthogonality error": f"{max(m.orthogonality_error for m in modules):.1e}",
         "rounding error / ‖ΔW‖": f"{max(m.relative_rounding for m in modules):.2g} at most",
         "basis": _basis(basis),
-        "left open by the basis / ‖ΔW‖": "?" if None in open_ else f"{max(open_):.1e} at most",
+        "left open by the basis / ‖ΔW‖": left_open,
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
