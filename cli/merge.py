@@ -132,7 +132,7 @@ def _print_plan(console: Console, plan: "MergePlan") -> None:
     for field, value in plan.config_changes.items():
         console.print(f"config.json: {field} becomes {value}", markup=False)
     record = plan.adapter.record
-    basis = f"recorded ({record.kind}; {record.svd.origin})" if record else "not recorded"
+    basis = f"recorded ({record.summary})" if record else "not recorded"
     console.print(f"basis {basis}", markup=False, highlight=False)
     console.print(
         f"disk {size(plan.output_bytes)}, memory for tensors about {size(plan.working_bytes)} "

@@ -1,7 +1,7 @@
 """`psoft-export record` and `convert`: the basis record of an adapter, made, checked, converted."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -68,30 +68,19 @@ def record_command(
     from psoft_export import check_record, record
 
     with out.merge_progress("comparing" if check else "recording") as progress:
-        if check:
-            if kind != "auto" or overwrite:
-                raise UsageError("--check writes nothing; leave --kind and --overwrite away")
-            report = check_record(
-                base,
-                adapter,
-                device=device,
-                cache=not no_cache,
-                cache_dir=cache_dir,
-                token=token,
-                progress=progress,
-            )
+        shared: dict[str, Any] = {
+            "device": device,
+            "cache": not no_cache,
+            "cache_dir": cache_dir,
+            "token": token,
+            "progress": progress,
+        }
+        if not check:
+            report = record(base, adapter, kind=kind, overwrite=overwrite, **shared)
+        elif kind != "auto" or overwrite:
+            raise UsageError("--check writes nothing; leave --kind and --overwrite away")
         else:
-            report = record(
-                base,
-                adapter,
-                kind=kind,
-                device=device,
-                cache=not no_cache,
-                cache_dir=cache_dir,
-                overwrite=overwrite,
-                token=token,
-                progress=progress,
-            )
+            report = check_record(base, adapter, **shared)
     _show(out, report)
 
 

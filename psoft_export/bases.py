@@ -9,12 +9,11 @@ from torch import Tensor
 
 from psoft_export.adapters.psoft import Adapter
 from psoft_export.algebra.rotation import rotation
-from psoft_export.basis.signs import SignMismatchError, delta_uncertainty, restore
+from psoft_export.basis.signs import delta_uncertainty
 from psoft_export.basis.solver import SOLVER, Workspace, leading_triplets
 from psoft_export.basis.svd import Basis, Triplets, make_basis, training_svd
 from psoft_export.cache import BasisCache, CachedTriplets
 from psoft_export.device import device_name
-from psoft_export.errors import MismatchError
 from psoft_export.memory import release_freed_memory
 
 NO_RECORD = (
@@ -119,25 +118,24 @@ class BasisFinder:
             MismatchError: the record's singular values are not those of W.
         """
         found = self.find_beside_others(module, weight, sha256)
-        if found is not None:
-            return found
+        return found or self.find_by_training_svd(module, weight, sha256)
+
+    def find_by_training_svd(self, module: str, weight: Tensor, sha256: str) -> FoundBasis:
+        """As `find`, for an adapter without a record, whatever the cache holds.
+
+        The SVD wants every thread of torch for itself, and its signs depend on their number.
+        """
         release_freed_memory()
-        options = self._adapter.basis_options
         single = weight.to(self._svd_device).to(torch.float32)
-        triplets, next_value = training_svd(single, options)
+        triplets, next_value = training_svd(single, self._adapter.basis_options)
         self._keep(sha256, CachedTriplets(triplets, next_value))
-        return self._made(module, _on(triplets, self._device), next_value)
+        return self._made(module, triplets.to(self._device), next_value)
 
     def find_beside_others(self, module: str, weight: Tensor, sha256: str) -> FoundBasis | None:
-        """As `find`, from a thread among several; None where it takes training's own SVD.
-
-        That one wants every thread of torch, and its signs depend on their number.
-        """
+        """As `find`, from a thread among several; None where it takes training's own SVD."""
         record, options = self._adapter.record, self._adapter.basis_options
         if record is not None and record.kind == "full":
-            found = record.basis(module)
-            basis = Basis(found.a.to(self._device), found.b.to(self._device))
-            return FoundBasis(basis, 0.0, None)
+            return FoundBasis(record.basis(module).to(self._device), 0.0, None)
         cached = self._cached(sha256)
         if cached is None and record is not None:
             release_freed_memory()
@@ -146,7 +144,7 @@ class BasisFinder:
             self._keep(sha256, cached)
         if cached is None:
             return None
-        return self._made(module, _on(cached.triplets, self._device), cached.next_value)
+        return self._made(module, cached.triplets.to(self._device), cached.next_value)
 
     def _made(self, module: str, triplets: Triplets, next_value: float | None) -> FoundBasis:
         """The basis of these triplets, with the record's signs where there is one."""
@@ -155,14 +153,7 @@ class BasisFinder:
         if record is None:
             basis = make_basis(triplets, options)
         else:
-            signs = record.signs(module)
-            held = signs.cluster
-            try:
-                basis = restore(triplets, signs, options)
-            except SignMismatchError as cause:
-                raise MismatchError(
-                    f"{record.path}: module '{module}': {cause}; record the adapter again"
-                ) from cause
+            basis, held = record.restored(module, triplets, options)
         uncertainty = None
         if next_value is not None:
             turn = rotation(self._adapter.rotations[module])
@@ -188,10 +179,6 @@ class BasisFinder:
             self._of_thread.workspace = Workspace()
         workspace: Workspace = self._of_thread.workspace
         return workspace
-
-
-def _on(triplets: Triplets, device: torch.device) -> Triplets:
-    return Triplets(triplets.left.to(device), triplets.values.to(device), triplets.right.to(device))
 
 
 def _svd_name(device: torch.device) -> str:

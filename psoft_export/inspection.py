@@ -144,7 +144,7 @@ def _summarise(adapter: Adapter, plan: MergePlan | None) -> AdapterSummary:
         parameters=adapter.parameter_count,
         saved={name: tuple(tensor.shape) for name, tensor in adapter.saved.items()},
         layers=tuple(layers),
-        record=f"{record.kind}; {record.svd.origin}" if record else None,
+        record=record.summary if record else None,
         base=plan.base.name if plan else None,
         model_class=plan.class_name if plan else None,
     )

@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from psoft_export.adapters import basis_record, psoft
-from psoft_export.adapters.basis_record import BaseTensor, Kind, SvdDescription, write_record
+from psoft_export.adapters.basis_record import (
+    BaseTensor,
+    Kind,
+    KindChoice,
+    SvdDescription,
+    check_kind,
+    write_record,
+)
 from psoft_export.adapters.psoft import Adapter
 from psoft_export.algebra.rotation import RotationParameters, conjugated, rotation
 from psoft_export.bases import BasisFinder
@@ -26,17 +33,12 @@ from psoft_export.basis.svd import Basis
 from psoft_export.cache import BasisCache, open_cache
 from psoft_export.checkpoint.output import OutputFolder
 from psoft_export.device import choose_device, device_name
-from psoft_export.errors import (
-    OutputError,
-    UnsupportedError,
-    UsageError,
-)
+from psoft_export.errors import OutputError, UnsupportedError, UsageError
 from psoft_export.execution import Progress, ProgressCallback
 from psoft_export.merging import needed_record, plan_merge
 from psoft_export.plan import MergePlan
 from psoft_export.weights import BaseReader, TargetWeight
 
-KindChoice = Literal["auto", "signs", "full"]
 Form = Literal["signs", "full", "this-machine"]
 
 _ALIGNED = 0.99  # |cosine| below which two vectors are not one vector up to its sign
@@ -138,16 +140,17 @@ def record(
     chosen = _checked_kind(kind, plan.adapter)
     on = choose_device(device)
     store = open_cache(cache_dir) if cache else None
+    svd = SvdDescription.of(plan.adapter.basis_options, on, torch.float32)
     if chosen is None:
         signs = _Recorder(plan, "signs", on, store, progress)
         layers = list(signs.layers())
         worst = max((m.uncertainty or 0.0 for m in signs.modules), default=0.0)
         if worst <= ADVISED_LIMIT:
-            path = _write(folder, plan, "signs", _describe(plan.adapter, on), iter(layers))
+            path = _write(folder, plan, "signs", svd, iter(layers))
             return RecordReport(path, "signs", tuple(signs.modules), ())
         chosen = "full"
     recorder = _Recorder(plan, chosen, on, store, progress)
-    path = _write(folder, plan, chosen, _describe(plan.adapter, on), recorder.layers())
+    path = _write(folder, plan, chosen, svd, recorder.layers())
     return RecordReport(path, chosen, tuple(recorder.modules), _advice(chosen, recorder.modules))
 
 
@@ -278,6 +281,7 @@ class _Recorder:
         self.modules: list[RecordedModule] = []
         self._plan = plan
         self._kind = kind
+        self._device = device
         self._finder = BasisFinder(plan.adapter, device=device, cache=cache)
         self._progress = progress
 
@@ -328,8 +332,8 @@ class _Converter(_Recorder):
         found = self._finder.find(module, trained, weight.trained.sha256)
         basis, next_value = found.basis, found.next_value
         if next_value is None and self._kind == "signs":
-            solution = leading_triplets(trained, self._plan.adapter.basis_options.rank)
-            next_value = solution.certificate.next_value
+            rank = self._plan.adapter.basis_options.rank
+            next_value = leading_triplets(trained.to(self._device), rank).certificate.next_value
         if self._local is not None:
             here = self._local.find(module, trained, weight.trained.sha256)
             signs, cosines = relative_signs(here.basis, basis)
@@ -376,23 +380,9 @@ def _write(
     return write_record(folder, kind, plan.adapter.basis_options.rank, svd, shapes, layers)
 
 
-def _describe(adapter: Adapter, device: torch.device) -> SvdDescription:
-    options = adapter.basis_options
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return SvdDescription(
-        solver=options.solver,
-        device=device_name(device) + threads,
-        library=f"torch {torch.__version__}",
-        dtype="float32",
-        scaling=options.scaling,
-        initialisation=options.initialisation,
-    )
-
-
 def _checked_kind(kind: KindChoice, adapter: Adapter) -> Kind | None:
     """The kind to write; None where the singular values are to decide."""
-    if kind not in ("auto", "signs", "full"):
-        raise UsageError(f"kind '{kind}' is not one of auto, signs, full")
+    check_kind(kind)
     if adapter.basis_options.solver == "lowrank":
         if kind == "signs":
             raise UnsupportedError(

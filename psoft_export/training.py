@@ -4,13 +4,12 @@ PEFT is not imported: a PSOFT layer is a module that holds A and B of the adapte
 `_psoft_A_cache` and `_psoft_B_cache` (PEFT 0.21, `peft/tuners/psoft/layer.py`).
 """
 
-import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,11 @@ from psoft_export.adapters.basis_record import (
     FILENAME,
     BaseTensor,
     BasisRecord,
+    Kind,
+    KindChoice,
     SvdDescription,
     check_fits,
+    check_kind,
     read_record,
     write_record,
 )
@@ -37,8 +39,7 @@ from psoft_export.basis.solver import Solution, leading_triplets
 from psoft_export.basis.svd import Basis, BasisOptions
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES, WEIGHT_CODES
 from psoft_export.checkpoint.output import replacing_file
-from psoft_export.checkpoint.reader import raw
-from psoft_export.device import device_name
+from psoft_export.checkpoint.reader import tensor_sha256
 from psoft_export.errors import (
     MismatchError,
     OutputError,
@@ -48,7 +49,6 @@ from psoft_export.errors import (
     UsageError,
 )
 
-RecordKind = Literal["auto", "signs", "full"]
 _Result = TypeVar("_Result")
 
 _PREFIX = "base_model.model."
@@ -89,7 +89,7 @@ def record_basis(
     folder: str | Path,
     adapter_name: str = _DEFAULT,
     *,
-    kind: RecordKind = "auto",
+    kind: KindChoice = "auto",
 ) -> Path:
     """Write `psoft_basis.safetensors` from the very A and B that a PEFT model trains with.
 
@@ -183,7 +183,7 @@ class RecordBasisCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         >>> trainer = Trainer(model, args, callbacks=[psoft_export.RecordBasisCallback()])
     """
 
-    def __init__(self, kind: RecordKind = "auto") -> None:
+    def __init__(self, kind: KindChoice = "auto") -> None:
         """Prepare for one training run at a time.
 
         Args:
@@ -192,8 +192,8 @@ class RecordBasisCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         Raises:
             UsageError: an unknown kind.
         """
-        _check_kind(kind)
-        self._kind: RecordKind = kind
+        check_kind(kind)
+        self._kind: KindChoice = kind
         self._written: dict[str, Path] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -231,8 +231,8 @@ class RecordBasisCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return {name: self._written[name] for name in names}
 
 
-def _record(model: nn.Module, folder: Path, adapter_name: str, kind: RecordKind) -> Path:
-    _check_kind(kind)
+def _record(model: nn.Module, folder: Path, adapter_name: str, kind: KindChoice) -> Path:
+    check_kind(kind)
     layers = _live_layers(model, adapter_name)
     chosen = _choose_kind(layers, kind)
     for layer in layers:
@@ -241,17 +241,10 @@ def _record(model: nn.Module, folder: Path, adapter_name: str, kind: RecordKind)
     if chosen != "full":
         signs = _all_signs(layers, math.inf if chosen == "signs" else ADVISED_LIMIT)
     options, first = layers[0].options, layers[0]
-    svd = SvdDescription(
-        solver=options.solver,
-        device=device_name(first.weight.device),
-        library=f"torch {torch.__version__}",
-        dtype=str(first.a.dtype).removeprefix("torch."),
-        scaling=options.scaling,
-        initialisation=options.initialisation,
-    )
+    svd = SvdDescription.of(options, first.weight.device, first.a.dtype)
     shapes = {layer.path: _shape(layer.weight) for layer in layers}
     _make(folder)
-    written: Literal["signs", "full"] = "full" if signs is None else "signs"
+    written: Kind = "full" if signs is None else "signs"
     return write_record(folder, written, options.rank, svd, shapes, _parts(layers, signs))
 
 
@@ -261,11 +254,11 @@ def _parts(
     """What `write_record` takes; a full basis is copied only when its turn comes."""
     for index, layer in enumerate(layers):
         weight = layer.weight.detach()
-        origin = BaseTensor(CODES[weight.dtype], _shape(weight), _sha256(weight))
+        origin = BaseTensor(CODES[weight.dtype], _shape(weight), tensor_sha256(weight))
         yield layer.path, origin, layer.basis() if signs is None else signs[index]
 
 
-def _choose_kind(layers: Sequence[_Layer], kind: RecordKind) -> RecordKind:
+def _choose_kind(layers: Sequence[_Layer], kind: KindChoice) -> KindChoice:
     """`kind`, or `full` for `auto` where signs cannot determine the basis at all.
 
     Raises:
@@ -363,7 +356,7 @@ def _check_base(record: BasisRecord, layers: Sequence[_Layer]) -> None:
         if (
             dtype is None
             or _shape(weight) != origin.shape
-            or _sha256(weight.to(dtype)) != origin.sha256
+            or tensor_sha256(weight.to(dtype)) != origin.sha256
         ):
             wrong.append(layer)
     if not wrong:
@@ -387,13 +380,7 @@ def _recorded_basis(record: BasisRecord, layer: _Layer) -> Basis:
     """
     if record.kind == "full":
         return record.basis(layer.path)
-    signs = record.signs(layer.path)
-    try:
-        return restore(_solve(layer).triplets, signs, layer.options)
-    except SignMismatchError as cause:
-        raise MismatchError(
-            f"{record.path}: module '{layer.path}': {cause}; record the adapter again"
-        ) from cause
+    return record.restored(layer.path, _solve(layer).triplets, layer.options)[0]
 
 
 def _live_layers(model: nn.Module, adapter_name: str) -> list[_Layer]:
@@ -497,11 +484,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_kind(kind: str) -> None:
-    if kind not in get_args(RecordKind):
-        raise UsageError(f"kind '{kind}' is not one of {', '.join(get_args(RecordKind))}")
-
-
 def _adapter_folder(folder: str | Path, adapter_name: str) -> Path:
     """Where PEFT keeps an adapter: its own folder inside `folder`, where there is one."""
     own = _own_folder(Path(folder), adapter_name)
@@ -522,7 +504,3 @@ def _make(folder: Path) -> None:
 def _shape(weight: Tensor) -> tuple[int, int]:
     rows, columns = weight.shape
     return rows, columns
-
-
-def _sha256(weight: Tensor) -> str:
-    return hashlib.sha256(raw(weight).numpy().data).hexdigest()

@@ -1,6 +1,5 @@
 """Reading a plan's base: weights to be merged, checked against the basis record, and the rest."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from psoft_export.adapters.basis_record import BaseTensor
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
-from psoft_export.checkpoint.reader import FileReader, raw
+from psoft_export.checkpoint.reader import FileReader, tensor_sha256
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.errors import MismatchError
 from psoft_export.plan import MergePlan, PlannedTensor
@@ -88,8 +87,7 @@ class BaseReader:
         values, sha256 = self._readers[entry.file].tensor(entry)
         dtype = record.base[tensor.module].dtype if record else entry.dtype
         if dtype != entry.dtype:
-            cast = raw(values.to(TORCH_DTYPES[dtype]))
-            sha256 = hashlib.sha256(cast.numpy().data).hexdigest()
+            sha256 = tensor_sha256(values.to(TORCH_DTYPES[dtype]))
         rows, columns = entry.shape
         return TargetWeight(values, BaseTensor(dtype, (rows, columns), sha256))
 

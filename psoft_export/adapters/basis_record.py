@@ -10,19 +10,20 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from psoft_export.basis.signs import SignRecord
-from psoft_export.basis.svd import Basis, BasisOptions
+from psoft_export.basis.signs import SignMismatchError, SignRecord, restore
+from psoft_export.basis.svd import Basis, BasisOptions, Triplets
 from psoft_export.checkpoint.dtypes import CODES
 from psoft_export.checkpoint.output import replacing_file
 from psoft_export.checkpoint.reader import raw
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header, read_tensor
 from psoft_export.checkpoint.writer import ShardWriter, TensorSpec, aligned_order
-from psoft_export.errors import RecordError
+from psoft_export.device import device_name
+from psoft_export.errors import MismatchError, RecordError, UsageError
 
 FILENAME = "psoft_basis.safetensors"
 FORMAT = "psoft-basis"
@@ -30,6 +31,7 @@ VERSION = "1"
 _UNKNOWN_SHA256 = "0" * 64
 
 Kind = Literal["signs", "full"]
+KindChoice = Literal["auto", "signs", "full"]
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "signs": ("singular_values", "anchor", "sign", "cluster", "cluster_A", "cluster_B"),
     "full": ("A", "B"),
@@ -51,7 +53,7 @@ class SvdDescription:
 
     Attributes:
         solver: `full` or `lowrank`, PEFT's names.
-        device: as `device.device_name` says.
+        device: as `device.device_name` says, on a CPU with torch's number of threads.
         library: such as `torch 2.13.0`.
         dtype: dtype in which training held A and B.
         scaling: alpha / r, which B carries.
@@ -64,6 +66,21 @@ class SvdDescription:
     dtype: str
     scaling: float
     initialisation: str
+
+    @classmethod
+    def of(
+        cls, options: BasisOptions, device: torch.device, dtype: torch.dtype
+    ) -> "SvdDescription":
+        """The description of an SVD on this machine, whose A and B are held in `dtype`."""
+        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        return cls(
+            solver=options.solver,
+            device=device_name(device) + threads,
+            library=f"torch {torch.__version__}",
+            dtype=str(dtype).removeprefix("torch."),
+            scaling=options.scaling,
+            initialisation=options.initialisation,
+        )
 
     @property
     def origin(self) -> str:
@@ -91,6 +108,11 @@ class BasisRecord:
     base: Mapping[str, BaseTensor]
     entries: Mapping[str, TensorEntry]
 
+    @property
+    def summary(self) -> str:
+        """Kind and origin in one line."""
+        return f"{self.kind}; {self.svd.origin}"
+
     def signs(self, module: str) -> SignRecord:
         """The signs of one module (kind `signs`).
 
@@ -117,6 +139,27 @@ class BasisRecord:
             RecordError: the file cannot be read, or holds NaN or infinity.
         """
         return Basis(self._tensor(module, "A"), self._tensor(module, "B"))
+
+    def restored(
+        self, module: str, triplets: Triplets, options: BasisOptions
+    ) -> tuple[Basis, Tensor]:
+        """A and B of one module (kind `signs`), given the leading triplets of its weight.
+
+        Returns:
+            The basis, float32 on the device of the triplets, and the indices (c, int32) of the
+            vectors that the record holds themselves.
+
+        Raises:
+            RecordError: as `signs`.
+            MismatchError: the singular values are not those recorded.
+        """
+        signs = self.signs(module)
+        try:
+            return restore(triplets, signs, options), signs.cluster
+        except SignMismatchError as cause:
+            raise MismatchError(
+                f"{self.path}: module '{module}': {cause}; record the adapter again"
+            ) from cause
 
     def _tensor(self, module: str, suffix: str) -> Tensor:
         tensor = read_tensor(self.entries[f"{module}.{suffix}"], RecordError)
@@ -162,6 +205,16 @@ def read_record(folder: Path) -> BasisRecord | None:
     record = BasisRecord(path, kind, rank, svd, base, by_name)
     _check_tensors(record)
     return record
+
+
+def check_kind(kind: str) -> None:
+    """Check that a kind to record is one of `KindChoice`.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if kind not in get_args(KindChoice):
+        raise UsageError(f"kind '{kind}' is not one of {', '.join(get_args(KindChoice))}")
 
 
 def check_fits(record: BasisRecord, modules: Iterable[str], options: BasisOptions) -> None:

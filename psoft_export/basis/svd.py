@@ -46,9 +46,9 @@ class Triplets:
             self.right[:rank].clone(memory_format=layout),
         )
 
-    def to(self, dtype: torch.dtype) -> "Triplets":
-        """The triplets rounded to `dtype`."""
-        return Triplets(self.left.to(dtype), self.values.to(dtype), self.right.to(dtype))
+    def to(self, target: torch.dtype | torch.device) -> "Triplets":
+        """The triplets rounded to a dtype, or on a device."""
+        return Triplets(self.left.to(target), self.values.to(target), self.right.to(target))
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Basis:
 
     a: Tensor
     b: Tensor
+
+    def to(self, device: torch.device) -> "Basis":
+        """The basis on a device."""
+        return Basis(self.a.to(device), self.b.to(device))
 
 
 def training_svd(weight: Tensor, options: BasisOptions) -> tuple[Triplets, float | None]:

@@ -202,6 +202,11 @@ class FileReader:
             self._hashed = offset + len(buffer)
 
 
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, as a checkpoint stores them, in hexadecimal."""
+    return hashlib.sha256(raw(tensor).numpy().data).hexdigest()
+
+
 def file_sha256(path: Path, error: type[PsoftExportError]) -> str:
     """The SHA-256 of a file, in hexadecimal.
 
