@@ -5,10 +5,10 @@ Reading, computing and writing overlap; memory is bounded by the largest target,
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,10 +29,11 @@ from psoft_export.algebra.rotation import (
 )
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
 from psoft_export.bases import BasisFinder, FoundBasis
+from psoft_export.basis.svd import Basis
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
-from psoft_export.checkpoint.pipeline import WriteBehind, read_ahead
 from psoft_export.checkpoint.reader import raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry
+from psoft_export.checkpoint.write_behind import WriteBehind
 from psoft_export.checkpoint.writer import ShardWriter
 from psoft_export.device import workers_on
 from psoft_export.errors import CheckpointError, NonFiniteError, UsageError
@@ -72,11 +73,22 @@ class _Copy:
 
 @dataclass(frozen=True)
 class _Target:
-    """A weight to be merged."""
+    """A weight to be merged, with its basis once that is found."""
 
     shard: PlannedShard
     tensor: PlannedTensor
     weight: TargetWeight
+    basis: FoundBasis | None = None
+
+    @property
+    def module(self) -> str:
+        """Its module path."""
+        assert self.tensor.module is not None
+        return self.tensor.module
+
+    def in_single_precision(self) -> "_Target":
+        """The same numbers in float32, as an SVD takes them."""
+        return replace(self, weight=replace(self.weight, values=self.weight.values.float()))
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,10 @@ class _Merged:
 
     blocks: list[Tensor]
     report: ModuleReport
+
+
+# What a piece of the output waits for: None where its basis takes the full SVD.
+_Work = Future[_Merged] | Future[_Merged | None]
 
 
 class Run:
@@ -120,10 +136,10 @@ class Run:
             writer = stack.enter_context(WriteBehind(sink.write, _CHUNKS_AHEAD))
             workers = stack.enter_context(_Workers(count))
             largest = max(tensor.spec.nbytes for tensor in self._plan.targets)
-            waiting = _Waiting((count + 1) * largest if count > 1 else 0)
-            for piece in read_ahead(self._pieces(), 1):
+            waiting = _Waiting((count + 1) * largest)
+            for piece in stack.enter_context(closing(self._pieces())):
                 if isinstance(piece, _Target):
-                    waiting.add(piece, workers.submit(self._merged_beside_others, piece))
+                    waiting.add(piece, workers.submit(self._merged_at_once, piece))
                 else:
                     waiting.add(piece, None)
                 del piece
@@ -138,25 +154,30 @@ class Run:
         workers: "_Workers",
         writer: "WriteBehind[tuple[PlannedShard, Tensor]]",
     ) -> None:
-        """Hand the bytes of the first piece to the writer, when they are there."""
+        """Hand the bytes of the first piece to the writer, or find its basis where it needs that.
+
+        A full SVD has the machine to itself. The merge that follows runs beside the reading of
+        the next piece.
+        """
         piece, future = waiting.next()
         if isinstance(piece, _Copy):
             blocks = [self._copied(piece)]
         else:
             assert future is not None
             merged = future.result()
-            # Where one weight takes the full SVD, the next will: nothing waits beside it.
-            waiting.is_narrow = merged is None
             if merged is None:
-                found = workers.alone(self._full_svd, piece)
-                merged = workers.here(self._merged, piece, found)
+                piece = piece.in_single_precision()
+                piece = replace(piece, basis=workers.alone(self._basis_by_full_svd, piece))
+                waiting.put_back(piece, workers.submit(self._merged, piece))
+                return
+            waiting.is_narrow = piece.basis is not None
             blocks = merged.blocks
             self.modules.append(merged.report)
         for data in blocks:
             writer.put((piece.shard, data))
             self._report(piece.tensor, data.numel())
 
-    def _pieces(self) -> "Iterator[_Copy | _Target]":
+    def _pieces(self) -> "Generator[_Copy | _Target]":
         """The origin of every output byte, in the order of the output."""
         saved = self._plan.adapter.saved
         with BaseReader(self._plan) as base:
@@ -190,17 +211,24 @@ class Run:
             raise _does_not_fit(tensor)
         return raw(cast)
 
-    def _merged_beside_others(self, piece: _Target) -> _Merged | None:
+    def _merged_at_once(self, piece: _Target) -> _Merged | None:
         """Merge one target beside others; None where its basis takes the full SVD."""
+        weight = piece.weight
         with self._errors_named(piece.tensor):
-            if not all_finite(piece.weight.values):
+            if not all_finite(weight.values):
                 raise _damaged(_entry(piece.tensor))
-            found = self._bases.find_beside_others(*_sought(piece))
-        return None if found is None else self._merged(piece, found)
+            basis = self._bases.find_beside_others(
+                piece.module, weight.as_trained, weight.trained.sha256
+            )
+        return None if basis is None else self._merged(replace(piece, basis=basis))
 
-    def _full_svd(self, piece: _Target) -> FoundBasis:
+    def _basis_by_full_svd(self, piece: _Target) -> FoundBasis:
+        """The basis of a target whose values are those of training (there is no record)."""
+        weight = piece.weight
         with self._errors_named(piece.tensor):
-            return self._bases.find(*_sought(piece))
+            return self._bases.find_by_training_svd(
+                piece.module, weight.values, weight.trained.sha256
+            )
 
     @contextmanager
     def _errors_named(self, tensor: PlannedTensor) -> Iterator[None]:
@@ -217,35 +245,36 @@ class Run:
                 f"{list(tensor.spec.shape)}; use --device cpu"
             ) from cause
 
-    def _merged(self, piece: _Target, found: FoundBasis) -> _Merged:
-        tensor, module = piece.tensor, piece.tensor.module
-        assert module is not None
-        parameters = self._plan.adapter.rotations[module]
-        figures, blocks = self._product(piece, found, rotation(parameters))
+    def _merged(self, piece: _Target) -> _Merged:
+        """Merge one target, given its basis."""
+        tensor, basis = piece.tensor, piece.basis
+        assert basis is not None
+        parameters = self._plan.adapter.rotations[piece.module]
+        figures, blocks = self._product(piece, basis.basis, rotation(parameters))
         if not figures.finite:
             raise _does_not_fit(tensor)
         rows, columns = tensor.spec.shape
         report = ModuleReport(
-            module=module,
+            module=piece.module,
             tensor=tensor.spec.name,
             shape=(rows, columns),
             rank=parameters.rank,
             relative_delta=figures.relative_delta,
             largest_angle=math.degrees(float(rotation_angles(parameters)[0])),
             orthogonality_error=orthogonality_error(core_rotation(parameters)),
-            basis_uncertainty=found.uncertainty,
+            basis_uncertainty=basis.uncertainty,
             relative_rounding=figures.relative_rounding,
         )
         return _Merged(blocks, report)
 
     def _product(
-        self, piece: _Target, found: FoundBasis, turn: Tensor
+        self, piece: _Target, basis: Basis, turn: Tensor
     ) -> tuple[MergeFigures, list[Tensor]]:
         """The merged weight's bytes in row blocks, and what was measured of it."""
         with self._errors_named(piece.tensor):
             weight = piece.weight.values.to(self._device)
             scaling = self._plan.adapter.basis_options.scaling
-            left, right = low_rank_factors(found.basis.a, found.basis.b, turn, scaling)
+            left, right = low_rank_factors(basis.a, basis.b, turn, scaling)
             figures = MergeFigures(product_norm(left, right))
             dtype = TORCH_DTYPES[piece.tensor.spec.dtype]
             blocks = merged_blocks(weight, left, right, dtype, figures)
@@ -266,7 +295,7 @@ class Run:
 
 
 class _Workers(AbstractContextManager["_Workers"]):
-    """Threads that divide torch's own among them; a single one works here and now.
+    """Threads that divide torch's own among them.
 
     Each piece of work has the same number of torch's threads in every run, so that results do
     not depend on what else was running.
@@ -276,20 +305,15 @@ class _Workers(AbstractContextManager["_Workers"]):
         """Start `count` threads."""
         self._threads = torch.get_num_threads()
         self._share = self._threads // count
-        self._pool = ThreadPoolExecutor(count, "psoft-merge") if count > 1 else None
+        self._pool = ThreadPoolExecutor(count, "psoft-merge")
         self._running: set[Future[Any]] = set()
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(self._threads)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._threads)
 
     def submit(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> "Future[T]":
         """Start one piece of work."""
-        if self._pool is None:
-            future: Future[T] = Future()
-            future.set_result(work(*args, **named))
-            return future
 
         def in_share() -> T:
             # Each time: what one thread sets for itself, MKL takes for all.
@@ -300,17 +324,10 @@ class _Workers(AbstractContextManager["_Workers"]):
         self._running = {other for other in self._running if not other.done()} | {future}
         return future
 
-    def here(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """Do one piece of work in this thread, with the threads of torch that a worker has.
-
-        Where nothing runs beside it: MKL keeps buffers for every thread that ever multiplied.
-        """
-        torch.set_num_threads(self._share)
-        return work(*args, **named)
-
     def alone(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """Do one piece of work with all of torch's threads, when everything else is done."""
+        """Do one piece of work here with all of torch's threads, when all others are done."""
         wait(self._running)
+        self._running.clear()  # with what they made
         torch.set_num_threads(self._threads)
         return work(*args, **named)
 
@@ -321,14 +338,15 @@ class _Waiting:
     Small targets do not count as large ones, or a worker would have nothing to do beside one.
 
     Attributes:
-        is_narrow: one piece only, the state at the start.
+        is_narrow: the last target took a full SVD, so the next will: no more than that one is
+            read, while the last is merged. Also the state at the start.
     """
 
     def __init__(self, target_bytes: int) -> None:
         """Take targets until they reach `target_bytes`, and few copied bytes behind them."""
         self.is_narrow = True
         self._limit = target_bytes
-        self._pieces: deque[tuple[_Copy | _Target, Future[_Merged | None] | None]] = deque()
+        self._pieces: deque[tuple[_Copy | _Target, _Work | None]] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
@@ -338,19 +356,27 @@ class _Waiting:
         """Whether the first piece must go before another can be taken."""
         if not self._pieces:
             return False
-        targets = sum(p.tensor.spec.nbytes for p, _ in self._pieces if isinstance(p, _Target))
+        first, future = self._pieces[0]
         copied = sum(p.data.numel() for p, _ in self._pieces if isinstance(p, _Copy))
-        first = self._pieces[0][1]
-        ready = first is None or first.done()
-        return ready or self.is_narrow or targets >= self._limit or copied > _WAITING_BYTES
+        if isinstance(first, _Copy) or future is None or future.done() or copied > _WAITING_BYTES:
+            return True
+        targets = [p.tensor.spec.nbytes for p, _ in self._pieces if isinstance(p, _Target)]
+        if self.is_narrow:
+            return first.basis is None or len(targets) > 1
+        return sum(targets) >= self._limit
 
-    def add(self, piece: _Copy | _Target, future: "Future[_Merged | None] | None") -> None:
+    def add(self, piece: _Copy | _Target, future: _Work | None) -> None:
         """Take the next piece, with the work on it where there is some."""
         self._pieces.append((piece, future))
 
-    def next(self) -> "tuple[_Copy | _Target, Future[_Merged | None] | None]":
-        """The first piece."""
+    def next(self) -> tuple[_Copy | _Target, _Work | None]:
+        """Take the first piece out."""
         return self._pieces.popleft()
+
+    def put_back(self, piece: _Target, future: _Work) -> None:
+        """Put the first piece back, now that its basis is found and its merge begun."""
+        self.is_narrow = True
+        self._pieces.appendleft((piece, future))
 
 
 class _ShardSink:
@@ -382,12 +408,6 @@ class _ShardSink:
             self._shard = shard
         assert self._writer is not None
         self._writer.append(data)
-
-
-def _sought(piece: _Target) -> tuple[str, Tensor, str]:
-    """The arguments of `BasisFinder.find`."""
-    assert piece.tensor.module is not None
-    return piece.tensor.module, piece.weight.as_trained, piece.weight.trained.sha256
 
 
 def _entry(tensor: PlannedTensor) -> TensorEntry:

@@ -444,7 +444,7 @@ def test_interrupt_exits_with_130_and_leaves_nothing(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(execution.BasisFinder, "find", interrupt)
+    monkeypatch.setattr(execution.BasisFinder, "find_by_training_svd", interrupt)
     arguments = ["merge", "--base", str(llama), "--adapter", str(llama_adapter)]
     assert run([*arguments, "--output", str(tmp_path / "out"), "--quiet"]) == 130
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
