@@ -4,6 +4,7 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,13 @@ class ProgramError(Exception):
 
 @dataclass(frozen=True)
 class Usage:
-    """What one process took.
+    """What one process and its descendants took.
 
-    `peak_bytes` is the largest resident set (as the kernel recorded it), `anonymous_bytes` its
-    part that no file backs (largest of samples 50 ms apart). Bytes read and written are those of
-    read and write calls; pages of memory-mapped files are in neither.
+    `peak_bytes` is the largest resident set of one process (as the kernel recorded it), or of all
+    at a time (samples 50 ms apart; files that they map are counted once), whichever is larger.
+    `anonymous_bytes` is the part that no file backs, of all at a time. Bytes read and written are
+    those of read and write calls, of descendants only where they were waited for; pages of
+    memory-mapped files are in neither.
     """
 
     seconds: float
@@ -45,10 +48,13 @@ def run_measured(command: Sequence[str | Path], environment: Mapping[str, str], 
         child = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
-        anonymous = 0
+        anonymous = resident = 0
         # Not reaped yet, so that its counters can still be read when it has ended.
         while not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
-            anonymous = max(anonymous, _fields(child.pid, "status").get("RssAnon", 0) * 1024)
+            in_memory = [_fields(pid, "status") for pid in _tree(child.pid)]
+            private = sum(fields.get("RssAnon", 0) for fields in in_memory) * 1024
+            mapped = max((fields.get("RssFile", 0) for fields in in_memory), default=0) * 1024
+            anonymous, resident = max(anonymous, private), max(resident, private + mapped)
             time.sleep(_POLL_SECONDS)
         seconds = time.monotonic() - start
         moved = _fields(child.pid, "io")
@@ -58,13 +64,28 @@ def run_measured(command: Sequence[str | Path], environment: Mapping[str, str], 
         name = Path(command[0]).name
         tail = log.read_text("utf-8", "replace")[-_LOG_TAIL:]
         raise ProgramError(f"{name} ended with {child.returncode}:\n{tail}")
-    return Usage(seconds, used.ru_maxrss * 1024, anonymous, moved["rchar"], moved["wchar"])
+    peak = max(used.ru_maxrss * 1024, resident)
+    return Usage(seconds, peak, anonymous, moved["rchar"], moved["wchar"])
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and its descendants."""
+    found = [pid]
+    for parent in found:  # grows while it is gone through
+        with suppress(OSError):  # it has ended
+            for thread in Path(f"/proc/{parent}/task").iterdir():
+                found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def _fields(pid: int, name: str) -> dict[str, int]:
-    """The numeric fields of a file in /proc."""
-    fields = {}
-    for line in Path(f"/proc/{pid}/{name}").read_text().splitlines():
+    """The numeric fields of a file in /proc; none where the process has ended."""
+    fields: dict[str, int] = {}
+    try:
+        lines = Path(f"/proc/{pid}/{name}").read_text().splitlines()
+    except OSError:
+        return fields
+    for line in lines:
         key, _, value = line.partition(":")
         number, *_ = value.split() or [""]
         if number.isdecimal():

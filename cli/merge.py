@@ -20,6 +20,7 @@ from psoft_export.cli.options import (
     TokenOption,
 )
 from psoft_export.cli.output import Output, size
+from psoft_export.planner import start_planner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,6 +75,7 @@ def merge_command(
     only when every byte of it is on disk.
     """
     out = Output(quiet=quiet, as_json=as_json)  # before the Hub library reads its settings
+    planner = None if dry_run else start_planner()  # loads transformers while torch is loaded here
     from psoft_export import merge, plan_merge
 
     names = [name.strip() for name in labels.split(",")] if labels is not None else None
@@ -87,7 +89,7 @@ def merge_command(
             labels=names,
             token=token,
         )
-        for warning in plan.warnings:
+        for warning in plan.layout.warnings:
             out.warn(warning)
         out.result(plan.to_dict(), lambda console: _print_plan(console, plan))
         return
@@ -107,6 +109,7 @@ def merge_command(
             overwrite=overwrite,
             token=token,
             progress=progress,
+            planner=planner,
         )
     for warning in report.manifest["warnings"]:
         out.warn(warning)
@@ -124,12 +127,12 @@ def _print_plan(console: Console, plan: "MergePlan") -> None:
         rank = str(plan.adapter.basis_options.rank)
         table.add_row(target.module, target.spec.name, shape, rank, size(target.spec.nbytes))
     console.print(table)
-    tensors = sum(len(shard.tensors) for shard in plan.shards)
+    tensors = sum(len(shard.tensors) for shard in plan.layout.shards)
     console.print(
-        f"{len(plan.targets)} of {tensors} tensors merged into {plan.class_name}, "
-        f"{len(plan.shards)} weight file(s)"
+        f"{len(plan.targets)} of {tensors} tensors merged into {plan.layout.class_name}, "
+        f"{len(plan.layout.shards)} weight file(s)"
     )
-    for field, value in plan.config_changes.items():
+    for field, value in plan.layout.config_changes.items():
         console.print(f"config.json: {field} becomes {value}", markup=False)
     record = plan.adapter.record
     basis = f"recorded ({record.summary})" if record else "not recorded"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from psoft_export.manifest import MergeReport, ModuleReport
     from psoft_export.merging import merge, plan_merge
     from psoft_export.plan import MergePlan
+    from psoft_export.planner import Planner, start_planner
     from psoft_export.recording import (
         RecordedModule,
         RecordReport,
@@ -36,6 +37,7 @@ __all__ = [
     "MergePlan",
     "MergeReport",
     "ModuleReport",
+    "Planner",
     "Progress",
     "PsoftExportError",
     "RecordBasisCallback",
@@ -50,6 +52,7 @@ __all__ = [
     "record",
     "record_basis",
     "restore_basis",
+    "start_planner",
 ]
 
 _HOMES = {
@@ -59,6 +62,7 @@ _HOMES = {
     "MergePlan": "plan",
     "MergeReport": "manifest",
     "ModuleReport": "manifest",
+    "Planner": "planner",
     "Progress": "execution",
     "PsoftExportError": "errors",
     "RecordBasisCallback": "training",
@@ -73,6 +77,7 @@ _HOMES = {
     "record": "recording",
     "record_basis": "training",
     "restore_basis": "training",
+    "start_planner": "planner",
 }
 
 

@@ -181,7 +181,7 @@ class Run:
         """The origin of every output byte, in the order of the output."""
         saved = self._plan.adapter.saved
         with BaseReader(self._plan) as base:
-            for shard in self._plan.shards:
+            for shard in self._plan.layout.shards:
                 for tensor in shard.tensors:
                     if tensor.module is not None:
                         yield _Target(shard, tensor, base.target(tensor))

@@ -146,7 +146,7 @@ def _summarise(adapter: Adapter, plan: MergePlan | None) -> AdapterSummary:
         layers=tuple(layers),
         record=record.summary if record else None,
         base=plan.base.name if plan else None,
-        model_class=plan.class_name if plan else None,
+        model_class=plan.layout.class_name if plan else None,
     )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from psoft_export.checkpoint.source import Source
 
@@ -86,7 +85,7 @@ def manifest(
         "tool": {
             "psoft_export": importlib.metadata.version("psoft-export"),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": importlib.metadata.version("transformers"),
         },
         "base": dict(base),
         "adapter": dict(adapter),

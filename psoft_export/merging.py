@@ -27,7 +27,8 @@ from psoft_export.device import choose_device
 from psoft_export.errors import AdapterError, CheckpointError, OutputError, RecordMissingError
 from psoft_export.execution import ProgressCallback, Run
 from psoft_export.manifest import FILENAME, MergeReport, manifest, source_record
-from psoft_export.plan import MergePlan, make_plan
+from psoft_export.plan import MergePlan, OutputOptions
+from psoft_export.planner import Planner
 
 _SMALL_FILES_BYTES = 64 * 2**20  # room for headers, config and tokenizer in the disk check
 
@@ -48,6 +49,7 @@ def merge(
     overwrite: bool = False,
     token: str | None = None,
     progress: ProgressCallback | None = None,
+    planner: Planner | None = None,
 ) -> MergeReport:
     """Write the checkpoint in which a PSOFT adapter is merged into its base.
 
@@ -73,6 +75,8 @@ def merge(
         overwrite: replace a non-empty output folder.
         token: a Hub token; by default the one that `hf auth login` stored.
         progress: called after every piece of the output.
+        planner: the process that plans, from `start_planner`; by default this one does, and
+            holds transformers (over 100 MB) to the end.
 
     Returns:
         What was done, module by module.
@@ -96,6 +100,7 @@ def merge(
         max_shard_size=max_shard_size,
         labels=labels,
         token=token,
+        planner=planner,
     )
     return execute_merge(
         plan,
@@ -117,6 +122,7 @@ def plan_merge(
     max_shard_size: str | int | None = None,
     labels: Sequence[str] | None = None,
     token: str | None = None,
+    planner: Planner | None = None,
 ) -> MergePlan:
     """What `merge` would do with these arguments; reads headers and the adapter, no weights."""
     code = parse_dtype(dtype) if dtype is not None else None
@@ -125,14 +131,14 @@ def plan_merge(
         needed_record(loaded)
     source = resolve(base, companions.CONFIG, base_files, token=token)
     checkpoint = open_checkpoint(source.folder)
-    return make_plan(
-        source,
-        checkpoint,
-        loaded,
-        dtype=code,
-        max_shard_size=max_shard_size,
-        labels=tuple(labels) if labels is not None else None,
-    )
+    options = OutputOptions(code, max_shard_size, tuple(labels) if labels is not None else None)
+    if planner is not None:
+        layout = planner.layout(source, loaded.source, options)
+    else:
+        from psoft_export.planning import make_layout  # loads transformers
+
+        layout = make_layout(checkpoint, loaded, options)
+    return MergePlan(source, checkpoint, loaded, options, layout)
 
 
 def needed_record(adapter: Adapter) -> BasisRecord:
@@ -173,7 +179,7 @@ def execute_merge(
     room = plan.output_bytes + _SMALL_FILES_BYTES
     with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
         companions.write_companions(files, folder.path)
-        companions.write_config(plan.base.folder, plan.config_changes, folder.path)
+        companions.write_config(plan.base.folder, plan.layout.config_changes, folder.path)
         bases = BasisFinder(plan.adapter, device=device, svd_device=svd_device, cache=cache)
         run = Run(plan, bases, device, progress)
         run.write_weights(folder.path)
@@ -194,7 +200,9 @@ def _check_apart(target: Path, plan: MergePlan) -> None:
 
 
 def _weight_index(plan: MergePlan) -> dict[str, Any]:
-    weight_map = {t.spec.name: shard.filename for shard in plan.shards for t in shard.tensors}
+    weight_map = {
+        t.spec.name: shard.filename for shard in plan.layout.shards for t in shard.tensors
+    }
     return {"metadata": {"total_size": plan.output_bytes}, "weight_map": weight_map}
 
 
@@ -226,11 +234,11 @@ def _manifest(
     return manifest(
         base=source_record(plan.base, {**run.sha256, **hashes["base"]}),
         adapter=source_record(adapter.source, {**adapter.sha256, **hashes["adapter"]}),
-        class_name=plan.class_name,
+        class_name=plan.layout.class_name,
         options={
-            "dtype": plan.dtype,
-            "max_shard_size": plan.max_shard_size,
-            "labels": plan.config_changes.get("id2label"),
+            "dtype": plan.options.dtype,
+            "max_shard_size": plan.options.max_shard_size,
+            "labels": plan.layout.config_changes.get("id2label"),
         },
         basis=bases.describe(),
         product={
@@ -238,5 +246,5 @@ def _manifest(
             "relative_error_bound": product_error_bound(adapter.basis_options.rank, compute),
         },
         modules=tuple(run.modules),
-        warnings=(*plan.warnings, *bases.warnings),
+        warnings=(*plan.layout.warnings, *bases.warnings),
     )

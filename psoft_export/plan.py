@@ -1,27 +1,20 @@
-"""The merge as data: which tensor of the output comes from where, decided before any is read.
+"""The merge as data: which tensor of the output comes from where.
 
-Everything that can be wrong with names, shapes and configs is found here; `execution` then only
-carries the plan out.
+`planning` makes it before any weight is read; `execution` then only carries it out.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from torch import Tensor, nn
 
 from psoft_export.adapters.psoft import Adapter
-from psoft_export.checkpoint.dtypes import CODES, WEIGHT_CODES, config_name
-from psoft_export.checkpoint.reader import CHUNK_BYTES, SAFETENSORS, Checkpoint, WeightFile
+from psoft_export.checkpoint.reader import CHUNK_BYTES, SAFETENSORS, Checkpoint
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.source import Source
-from psoft_export.checkpoint.writer import TensorSpec, aligned_order
+from psoft_export.checkpoint.writer import TensorSpec
 from psoft_export.device import workers_on
-from psoft_export.errors import MismatchError, UnsupportedError, UsageError
-from psoft_export.model.skeleton import Skeleton, find_skeleton, read_config
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,39 @@ class PlannedShard:
 
 
 @dataclass(frozen=True)
+class OutputOptions:
+    """What the user asks of an output.
+
+    Attributes:
+        dtype: dtype code (`F32`, `F16`, `BF16`) of all floating tensors; None: each keeps the
+            dtype it is stored in.
+        max_shard_size: upper bound of a weight file (`"5GB"` or bytes); None: the base's files.
+        labels: names of the classes of a new classification head; None: the config's, or numbers.
+    """
+
+    dtype: str | None = None
+    max_shard_size: str | int | None = None
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an output consists of.
+
+    Attributes:
+        shards: the weight files to write.
+        class_name: the model class that the adapter's module paths belong to.
+        config_changes: fields of `config.json` that differ from the base's.
+        warnings: what the user should know, one plain sentence each.
+    """
+
+    shards: tuple[PlannedShard, ...]
+    class_name: str
+    config_changes: Mapping[str, Any]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """What a merge will do, and what it needs.
 
@@ -57,38 +83,30 @@ class MergePlan:
         base: where the base was read from.
         checkpoint: its weight files.
         adapter: the adapter.
-        shards: the weight files to write.
-        class_name: the model class that the adapter's module paths belong to.
-        config_changes: fields of `config.json` that differ from the base's.
-        dtype: dtype code of all floating tensors of the output, or None for as stored.
-        max_shard_size: upper bound of a weight file, or None for the base's own files.
-        warnings: what the user should know, one plain sentence each.
+        options: what was asked of the output.
+        layout: what the output consists of.
     """
 
     base: Source
     checkpoint: Checkpoint
     adapter: Adapter
-    shards: tuple[PlannedShard, ...]
-    class_name: str
-    config_changes: Mapping[str, Any]
-    dtype: str | None
-    max_shard_size: str | int | None
-    warnings: tuple[str, ...]
+    options: OutputOptions
+    layout: Layout
 
     @property
     def targets(self) -> list[PlannedTensor]:
         """The tensors that are merged, in the order they will be."""
-        return [t for shard in self.shards for t in shard.tensors if t.module is not None]
+        return [t for shard in self.layout.shards for t in shard.tensors if t.module is not None]
 
     @property
     def is_indexed(self) -> bool:
         """Whether the output's weights need an index (more than one file, or named as shards)."""
-        return [shard.filename for shard in self.shards] != [SAFETENSORS]
+        return [shard.filename for shard in self.layout.shards] != [SAFETENSORS]
 
     @property
     def output_bytes(self) -> int:
         """Size of the output's tensors."""
-        return sum(t.spec.nbytes for shard in self.shards for t in shard.tensors)
+        return sum(t.spec.nbytes for shard in self.layout.shards for t in shard.tensors)
 
     @property
     def working_bytes(self) -> int:
@@ -113,8 +131,8 @@ class MergePlan:
         return {
             "base": self.base.name,
             "adapter": self.adapter.source.name,
-            "model_class": self.class_name,
-            "config_changes": dict(self.config_changes),
+            "model_class": self.layout.class_name,
+            "config_changes": dict(self.layout.config_changes),
             "targets": [
                 {
                     "module": target.module,
@@ -125,363 +143,12 @@ class MergePlan:
                 }
                 for target in self.targets
             ],
-            "files": [shard.filename for shard in self.shards],
+            "files": [shard.filename for shard in self.layout.shards],
             "disk_bytes": self.output_bytes,
             "memory_bytes": self.working_bytes,
             "basis_record": self.adapter.record.kind if self.adapter.record else None,
-            "warnings": list(self.warnings),
+            "warnings": list(self.layout.warnings),
         }
-
-
-def make_plan(
-    base: Source,
-    checkpoint: Checkpoint,
-    adapter: Adapter,
-    *,
-    dtype: str | None = None,
-    max_shard_size: str | int | None = None,
-    labels: tuple[str, ...] | None = None,
-) -> MergePlan:
-    """Match an adapter to a base checkpoint and lay out the output.
-
-    Args:
-        base: the base's folder.
-        checkpoint: its weight files, opened.
-        adapter: the adapter.
-        dtype: dtype code (`F32`, `F16`, `BF16`) of all floating tensors of the output; by
-            default each keeps the dtype it is stored in.
-        max_shard_size: upper bound of a weight file (`"5GB"` or bytes); by default the output
-            has the base's own files.
-        labels: names of the classes of a new classification head.
-
-    Raises:
-        MismatchError: the adapter does not fit this base.
-        UnsupportedError: a target is tied, quantized or not a linear layer.
-        UsageError: `labels` or `max_shard_size` cannot be used.
-    """
-    config = read_config(base.folder)
-    skeleton = find_skeleton(config, adapter.config, adapter.rotations)
-    skeleton, changes = _fit_head(skeleton, adapter, labels)
-    base_names = _Names(skeleton, checkpoint)
-    targets = _match_targets(skeleton, base_names, adapter)
-    _check_coverage(skeleton, adapter)
-    saved = _match_saved(skeleton, adapter)
-    renamed = bool(saved) and [skeleton.class_name] != config.architectures
-    if renamed:
-        changes["architectures"] = [skeleton.class_name]
-    if dtype is not None:
-        changes["dtype"] = config_name(dtype)
-
-    groups: list[tuple[str, Mapping[str, str], list[PlannedTensor]]] = []
-    for file in checkpoint.files:
-        tensors = []
-        for entry in file.entries:
-            if entry.name in base_names.aliases:
-                continue
-            name = base_names.model_name[entry.name]
-            output = base_names.with_prefix(entry.name) if renamed else entry.name
-            kept = name in skeleton.parameters
-            if name in saved:
-                stored, tensor = saved.pop(name)
-                tensors.append(PlannedTensor(_saved_spec(output, tensor, dtype), saved=stored))
-            else:
-                spec = TensorSpec(output, _output_code(entry.dtype, dtype), entry.shape)
-                module = targets.get(entry.name)
-                tensors.append(PlannedTensor(spec, entry, module, is_parameter=kept))
-        groups.append((_output_filename(file), file.metadata or {"format": "pt"}, tensors))
-    for name, (stored, tensor) in saved.items():
-        groups[-1][2].append(PlannedTensor(_saved_spec(name, tensor, dtype), saved=stored))
-
-    shards = _lay_out(groups, max_shard_size)
-    missing = _missing_tensors(skeleton, base_names, adapter)
-    warnings = [*_missing_warning(missing, skeleton, renamed), *_basis_warning(adapter)]
-    return MergePlan(
-        base,
-        checkpoint,
-        adapter,
-        shards,
-        skeleton.class_name,
-        changes,
-        dtype,
-        max_shard_size,
-        tuple(warnings),
-    )
-
-
-class _Names:
-    """The base's tensors by model name, and what loading does to each.
-
-    Attributes:
-        entries: every tensor of the files, by its name there.
-        model_name: name in the files → name in the model; `by_model_name` is the inverse.
-        reshaped: names in the files whose tensors loading splits, joins or permutes.
-        aliases: second names, in pickle files, of a tied weight; written once is enough.
-    """
-
-    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
-        self._skeleton = skeleton
-        self._pickled = {n: t for f in checkpoint.files for n, t in (f.tensors or {}).items()}
-        self.entries = checkpoint.entries
-        self.model_name: dict[str, str] = {}
-        self.reshaped: set[str] = set()
-        for name in self.entries:
-            self.model_name[name], converted = skeleton.tensor_name(name)
-            if converted:
-                self.reshaped.add(name)
-        self.by_model_name = {model: name for name, model in self.model_name.items()}
-        self.aliases = {name for name in self._pickled if self._is_alias(name)}
-
-    def with_prefix(self, name: str) -> str:
-        """The name with the base-model prefix in front, where the model class has it there.
-
-        A file of the bare model says `encoder.…`; one of a model with a head, `bert.encoder.…`.
-        """
-        prefix = f"{self._skeleton.prefix}."
-        model_name = self.model_name[name]
-        if name.startswith(prefix) or not model_name.startswith(prefix):
-            return name
-        same = self._skeleton.tensor_name(prefix + name)[0] == model_name
-        return prefix + name if same else name
-
-    def sharing(self, name: str) -> str | None:
-        """Another tensor of the pickle files over the same memory, or None."""
-        return next((n for n in self._pickled if n != name and self._overlap(n, name)), None)
-
-    def _is_alias(self, name: str) -> bool:
-        source = self._skeleton.tied.get(self.model_name[name], "")
-        first = self.by_model_name.get(source)
-        return first in self._pickled and self._overlap(first, name)
-
-    def _overlap(self, first: str, second: str) -> bool:
-        one, other = self._pickled[first], self._pickled.get(second)
-        if other is None:
-            return False
-        return (
-            one.data_ptr() < other.data_ptr() + other.nbytes
-            and other.data_ptr() < one.data_ptr() + one.nbytes
-        )
-
-
-def _match_targets(skeleton: Skeleton, names: _Names, adapter: Adapter) -> dict[str, str]:
-    """Checkpoint tensor name → adapter module, for every module of the adapter."""
-    targets: dict[str, str] = {}
-    for stored in adapter.rotations:
-        path = skeleton.module_path(stored)
-        module = skeleton.module(path)
-        if not isinstance(module, nn.Linear):
-            raise UnsupportedError(
-                f"target module '{stored}' is {type(module).__name__}, not torch.nn.Linear; "
-                "PSOFT adapts linear layers only"
-            )
-        weight = f"{path}.weight"
-        if (other := skeleton.sharing(weight)) is not None:
-            raise UnsupportedError(
-                f"target module '{stored}': its weight is tied to '{other}'; merging would change "
-                "both. Untie the base (tie_word_embeddings: false) and train on that"
-            )
-        name = names.by_model_name.get(weight)
-        if name is None:
-            raise MismatchError(
-                f"target module '{stored}': the base checkpoint has no tensor '{weight}'"
-            )
-        if (other := names.sharing(name)) is not None:
-            raise UnsupportedError(
-                f"target module '{stored}': its tensor '{name}' shares its storage with '{other}' "
-                "in the base's file; merging would change both"
-            )
-        targets[name] = stored
-        _check_target(stored, names.entries[name], name in names.reshaped, skeleton.shapes[weight])
-        rank = adapter.rotations[stored].rank
-        if rank > min(names.entries[name].shape):
-            raise MismatchError(
-                f"target module '{stored}': rank {rank} is larger than its weight "
-                f"{list(names.entries[name].shape)}; the adapter was trained on another base"
-            )
-    return targets
-
-
-def _check_target(module: str, entry: TensorEntry, reshaped: bool, shape: tuple[int, ...]) -> None:
-    where = f"{entry.file.name}: tensor '{entry.name}' of target module '{module}'"
-    if reshaped:
-        raise UnsupportedError(
-            f"{where} is split, joined or permuted when transformers loads it; "
-            "the file has no plain matrix to merge into"
-        )
-    if entry.dtype not in WEIGHT_CODES:
-        known = ", ".join(WEIGHT_CODES)
-        raise UnsupportedError(f"{where} has dtype {entry.dtype}; PSOFT needs one of {known}")
-    if entry.shape != shape:
-        raise MismatchError(
-            f"{where} has shape {list(entry.shape)}, but the base's config says {list(shape)}"
-        )
-
-
-def _check_coverage(skeleton: Skeleton, adapter: Adapter) -> None:
-    """Refuse a base with layers that the adapter's own `target_modules` names but it lacks.
-
-    PEFT adapts every match, so a gap means that the base is another (a deeper) model.
-    """
-    wanted = adapter.config.get("target_modules")
-    narrowed = ("layers_to_transform", "exclude_modules", "layers_pattern")
-    if wanted == "all-linear" or any(adapter.config.get(n) not in (None, []) for n in narrowed):
-        return
-    # PEFT adapts nothing inside a module that is trained and saved whole.
-    whole = [re.escape(str(name)) for name in adapter.config.get("modules_to_save") or ()]
-    inside_saved = re.compile(rf"(.*\.)?({'|'.join(whole)})(\..*)?") if whole else None
-    if isinstance(wanted, str):
-        matches = [p for p in skeleton.linear_paths() if re.fullmatch(wanted, p)]
-    else:
-        suffixes = tuple(str(name) for name in wanted or ())
-        matches = [
-            p
-            for p in skeleton.linear_paths()
-            if any(p == s or p.endswith("." + s) for s in suffixes)
-        ]
-    adapted = {skeleton.module_path(stored) for stored in adapter.rotations}
-    missing = [
-        path
-        for path in matches
-        if path not in adapted and not (inside_saved and inside_saved.fullmatch(path))
-    ]
-    if missing:
-        raise MismatchError(
-            f"{adapter.source.folder / adapter.weights_file}: no tensors for '{missing[0]}', which "
-            f"target_modules names and the base has ({len(missing)} such); "
-            "the adapter was trained on another base"
-        )
-
-
-def _fit_head(
-    skeleton: Skeleton, adapter: Adapter, labels: tuple[str, ...] | None
-) -> tuple[Skeleton, dict[str, Any]]:
-    """Change the config so that the model has the shapes of the adapter's saved modules."""
-    changes: dict[str, Any] = {}
-    shapes = {skeleton.tensor_name(s)[0]: tuple(t.shape) for s, t in adapter.saved.items()}
-    for name in skeleton.embedding_names() & shapes.keys():
-        if shapes[name][0] != skeleton.shapes[name][0]:
-            changes["vocab_size"] = shapes[name][0]
-    head = skeleton.label_tensors() & shapes.keys() if shapes else set()
-    if labels is not None and not head:
-        raise UsageError("labels: the adapter has no classification head (modules_to_save)")
-    if head:
-        count = shapes[min(head)][0]
-        recorded: Mapping[Any, str] = skeleton.config.id2label or {}
-        names = labels or tuple(
-            recorded.get(i, f"LABEL_{i}") if len(recorded) == count else f"LABEL_{i}"
-            for i in range(count)
-        )
-        if len(names) != count:
-            raise UsageError(f"labels: {len(names)} names for a head of {count} classes")
-        if len(set(names)) != count:
-            raise UsageError(f"labels: a name occurs twice in {', '.join(names)}")
-        changes["id2label"] = {str(i): name for i, name in enumerate(names)}
-        changes["label2id"] = {name: i for i, name in enumerate(names)}
-    return (skeleton.rebuilt(**changes) if changes else skeleton), changes
-
-
-def _match_saved(skeleton: Skeleton, adapter: Adapter) -> dict[str, tuple[str, Tensor]]:
-    """Model name → (stored name, tensor) for every tensor of `modules_to_save`."""
-    path = adapter.source.folder / adapter.weights_file
-    result = {}
-    for stored, tensor in adapter.saved.items():
-        name, _ = skeleton.tensor_name(stored)
-        where = f"{path}: tensor '{stored}' (modules_to_save)"
-        if name not in skeleton.shapes:
-            raise MismatchError(f"{where} is not part of {skeleton.class_name}")
-        if tuple(tensor.shape) != skeleton.shapes[name]:
-            raise MismatchError(
-                f"{where} has shape {list(tensor.shape)}; "
-                f"{skeleton.class_name} of this base needs {list(skeleton.shapes[name])}"
-            )
-        if (other := skeleton.sharing(name)) is not None:
-            raise UnsupportedError(
-                f"{where} is tied to '{other}' in this base; replacing one would untie them. "
-                "Untie the base (tie_word_embeddings: false) and train on that"
-            )
-        if tensor.dtype not in CODES:
-            raise UnsupportedError(f"{where} has dtype {tensor.dtype}, which cannot be written")
-        result[name] = (stored, tensor)
-    return result
-
-
-def _saved_spec(name: str, tensor: Tensor, dtype: str | None) -> TensorSpec:
-    return TensorSpec(name, _output_code(CODES[tensor.dtype], dtype), tuple(tensor.shape))
-
-
-def _output_code(stored: str, dtype: str | None) -> str:
-    floating = (*WEIGHT_CODES, "F64")
-    return dtype if dtype is not None and stored in floating else stored
-
-
-def _output_filename(file: WeightFile) -> str:
-    name = file.name
-    if name.endswith(".bin"):
-        name = name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
-    return name
-
-
-def _lay_out(
-    groups: list[tuple[str, Mapping[str, str], list[PlannedTensor]]],
-    max_shard_size: str | int | None,
-) -> tuple[PlannedShard, ...]:
-    if max_shard_size is not None:
-        planned = {t.spec.name: t for _, _, tensors in groups for t in tensors}
-        try:
-            split = split_state_dict_into_shards_factory(
-                planned,
-                get_storage_size=lambda tensor: tensor.spec.nbytes,
-                filename_pattern="model{suffix}.safetensors",
-                max_shard_size=max_shard_size,
-            )
-        except ValueError as cause:
-            raise UsageError(f"max-shard-size '{max_shard_size}': {cause}") from cause
-        metadata = groups[0][1]
-        groups = [
-            (filename, metadata, [planned[name] for name in names])
-            for filename, names in split.filename_to_tensors.items()
-        ]
-    return tuple(
-        PlannedShard(filename, _in_order(tensors), metadata)
-        for filename, metadata, tensors in groups
-        if tensors
-    )
-
-
-def _in_order(tensors: list[PlannedTensor]) -> tuple[PlannedTensor, ...]:
-    by_name = {tensor.spec.name: tensor for tensor in tensors}
-    return tuple(by_name[spec.name] for spec in aligned_order(t.spec for t in tensors))
-
-
-def _missing_tensors(skeleton: Skeleton, names: _Names, adapter: Adapter) -> list[str]:
-    have = set(names.by_model_name) | {skeleton.tensor_name(s)[0] for s in adapter.saved}
-    return sorted(
-        name for name in skeleton.parameters if name not in have and name not in skeleton.tied
-    )
-
-
-def _missing_warning(missing: list[str], skeleton: Skeleton, renamed: bool) -> list[str]:
-    if not missing:
-        return []
-    listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
-    if renamed:
-        return [
-            f"{skeleton.class_name} has parameters that neither base nor adapter holds ({listed}); "
-            "loading the output will initialise them at random"
-        ]
-    return [
-        f"the adapter was trained in {skeleton.class_name}, whose {listed} it does not bring "
-        "(modules_to_save); the output keeps the base's own architecture"
-    ]
-
-
-def _basis_warning(adapter: Adapter) -> list[str]:
-    seeded = adapter.basis_options.solver != "lowrank" or "random_seed" in adapter.config
-    if seeded or adapter.record is not None:
-        return []
-    return [
-        "the adapter's config has no 'random_seed': PEFT versions before that field drew its "
-        "low-rank basis at random, and the seed 0 used here need not be the basis it trained with"
-    ]
 
 
 def _svd_bytes(shape: tuple[int, ...]) -> int:

@@ -98,7 +98,11 @@ def load_adapter(adapter: str | Path, *, token: str | None = None) -> Adapter:
         >>> adapter.basis_options.rank
         64
     """
-    source = resolve(adapter, CONFIG, adapter_files, token=token)
+    return read_adapter(resolve(adapter, CONFIG, adapter_files, token=token))
+
+
+def read_adapter(source: Source) -> Adapter:
+    """The adapter in a folder; errors as of `load_adapter`."""
     config = _read_config(source.folder / CONFIG)
     options = _parse_options(config, source.folder / CONFIG)
     path = _weights_path(source.folder)

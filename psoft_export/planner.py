@@ -1,0 +1,85 @@
+"""Planning in a process of its own, so that the one that merges never holds transformers.
+
+Only what is planned comes back. This module itself loads nothing, so that the other process can
+be started first and loads transformers while the caller loads torch.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from psoft_export.errors import PsoftExportError
+
+if TYPE_CHECKING:
+    from psoft_export.checkpoint.source import Source
+    from psoft_export.plan import Layout, OutputOptions
+
+
+class Planner:
+    """A process that plans one merge, and ends.
+
+    Python starts it by importing the caller's main module again: a script that uses this needs
+    the usual `if __name__ == "__main__":`.
+    """
+
+    def __init__(self) -> None:
+        """Start the process; returns at once."""
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs,), name="psoft-plan", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def layout(self, base: "Source", adapter: "Source", options: "OutputOptions") -> "Layout":
+        """What `planning.make_layout` says of these folders, with the same errors.
+
+        Raises:
+            PsoftExportError: the process ended without an answer.
+        """
+        try:
+            self._connection.send((base, adapter, options))
+            answer: Layout | Exception = self._connection.recv()
+        except (EOFError, OSError) as cause:
+            self._process.join()
+            raise PsoftExportError(
+                f"the planning process ended with code {self._process.exitcode} and no answer; "
+                "too little memory?"
+            ) from cause
+        finally:
+            self._connection.close()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def start_planner() -> Planner | None:
+    """A `Planner`, or None where it would save nothing: transformers is loaded here already."""
+    return None if "transformers" in sys.modules else Planner()
+
+
+def _serve(connection: Connection) -> None:
+    """Answer one request; runs in the planning process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides what stops
+    from psoft_export.adapters.psoft import read_adapter
+    from psoft_export.checkpoint.reader import open_checkpoint
+    from psoft_export.planning import make_layout
+
+    answer: Layout | Exception
+    try:
+        base, adapter, options = connection.recv()
+        answer = make_layout(open_checkpoint(base.folder), read_adapter(adapter), options)
+    except EOFError:
+        return
+    except PsoftExportError as error:
+        answer = error
+    except Exception as error:
+        if os.environ.get("PSOFT_EXPORT_DEBUG"):
+            traceback.print_exc()
+        answer = RuntimeError(f"{type(error).__name__}: {error}")
+    connection.send(answer)
