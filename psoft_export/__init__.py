@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psoft_export.adapters.psoft import Adapter, load_adapter
     from psoft_export.errors import PsoftExportError
-    from psoft_export.execution import Progress
     from psoft_export.inspection import AdapterSummary, LayerSummary, inspect
-    from psoft_export.manifest import MergeReport, ModuleReport
+    from psoft_export.lora import LoraReport, to_lora
+    from psoft_export.manifest import LoraModule, MergeReport, ModuleReport
     from psoft_export.merging import merge, plan_merge
+    from psoft_export.pipeline import Progress
     from psoft_export.plan import MergePlan
     from psoft_export.planner import Planner, start_planner
     from psoft_export.recording import (
@@ -34,6 +35,8 @@ __all__ = [
     "Adapter",
     "AdapterSummary",
     "LayerSummary",
+    "LoraModule",
+    "LoraReport",
     "MergePlan",
     "MergeReport",
     "ModuleReport",
@@ -53,17 +56,20 @@ __all__ = [
     "record_basis",
     "restore_basis",
     "start_planner",
+    "to_lora",
 ]
 
 _HOMES = {
     "Adapter": "adapters.psoft",
     "AdapterSummary": "inspection",
     "LayerSummary": "inspection",
+    "LoraModule": "manifest",
+    "LoraReport": "lora",
     "MergePlan": "plan",
     "MergeReport": "manifest",
     "ModuleReport": "manifest",
     "Planner": "planner",
-    "Progress": "execution",
+    "Progress": "pipeline",
     "PsoftExportError": "errors",
     "RecordBasisCallback": "training",
     "RecordReport": "recording",
@@ -78,6 +84,7 @@ _HOMES = {
     "record_basis": "training",
     "restore_basis": "training",
     "start_planner": "planner",
+    "to_lora": "lora",
 }
 
 

@@ -1,7 +1,7 @@
-"""What a merge did, as data: the report it returns and the `psoft_export.json` it writes."""
+"""What a run did, as data: the report it returns and the `psoft_export.json` it writes."""
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,31 @@ class ModuleReport:
 
 
 @dataclass(frozen=True)
+class LoraModule:
+    """What the conversion of one module to LoRA did.
+
+    Attributes:
+        module: module path, as the adapter names it.
+        tensor: name of the checkpoint tensor that it changes.
+        shape: out × in.
+        rank: r of the PSOFT adapter.
+        needed_rank: the fewest columns that keep ΔW within the tolerance of `--reduce-rank`; r
+            without one.
+        relative_error: ‖lora_B lora_A · scaling − ΔW‖ / ‖ΔW‖, Frobenius, of what was written:
+            rounding to its dtype, and what the reduction left out.
+        basis_uncertainty: as of `ModuleReport`.
+    """
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    rank: int
+    needed_rank: int
+    relative_error: float
+    basis_uncertainty: float | None
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """The outcome of a merge: where it is, and all that `psoft_export.json` says."""
 
@@ -75,7 +100,7 @@ def manifest(
     options: Mapping[str, Any],
     basis: Mapping[str, Any],
     product: Mapping[str, Any],
-    modules: tuple[ModuleReport, ...],
+    modules: Sequence[ModuleReport | LoraModule],
     warnings: tuple[str, ...],
 ) -> dict[str, Any]:
     """The content of `psoft_export.json`. Holds no time and no path, so runs compare equal."""

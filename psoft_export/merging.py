@@ -25,8 +25,16 @@ from psoft_export.checkpoint.reader import (
 from psoft_export.checkpoint.source import resolve
 from psoft_export.device import choose_device
 from psoft_export.errors import AdapterError, CheckpointError, OutputError, RecordMissingError
-from psoft_export.execution import ProgressCallback, Run
-from psoft_export.manifest import FILENAME, MergeReport, manifest, source_record
+from psoft_export.execution import Run
+from psoft_export.manifest import (
+    FILENAME,
+    LoraModule,
+    MergeReport,
+    ModuleReport,
+    manifest,
+    source_record,
+)
+from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan, OutputOptions
 from psoft_export.planner import Planner
 
@@ -173,9 +181,9 @@ def execute_merge(
 ) -> MergeReport:
     """Carry out a plan: write its output folder. Arguments, result and errors as of `merge`."""
     target = Path(output)
-    _check_apart(target, plan)
+    check_apart(target, plan)
     files = companions.gather(plan.base.folder, plan.adapter.source.folder)
-    hashes = _companion_hashes(plan, files)  # reads them all, so none fails half-way
+    hashes = companion_hashes(plan, files)  # reads them all, so none fails half-way
     room = plan.output_bytes + _SMALL_FILES_BYTES
     with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
         companions.write_companions(files, folder.path)
@@ -185,14 +193,25 @@ def execute_merge(
         run.write_weights(folder.path)
         if plan.is_indexed:
             companions.write_json(folder.path / (SAFETENSORS + INDEX), _weight_index(plan))
-        content = _manifest(plan, device, bases, run, hashes)
+        options = {
+            "dtype": plan.options.dtype,
+            "max_shard_size": plan.options.max_shard_size,
+            "labels": plan.layout.config_changes.get("id2label"),
+        }
+        content = describe_run(
+            plan, bases, product_dtype(device), run.sha256, hashes, options, run.modules
+        )
         companions.write_json(folder.path / FILENAME, content)
         folder.commit()
     return MergeReport(target, tuple(run.modules), content)
 
 
-def _check_apart(target: Path, plan: MergePlan) -> None:
-    """The output must not replace a folder that is being read."""
+def check_apart(target: Path, plan: MergePlan) -> None:
+    """Check that the output does not replace a folder that is being read.
+
+    Raises:
+        OutputError: it would.
+    """
     output = target.resolve()
     for folder in (plan.base.folder.resolve(), plan.adapter.source.folder.resolve()):
         if output == folder or output in folder.parents:
@@ -206,7 +225,7 @@ def _weight_index(plan: MergePlan) -> dict[str, Any]:
     return {"metadata": {"total_size": plan.output_bytes}, "weight_map": weight_map}
 
 
-def _companion_hashes(plan: MergePlan, files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+def companion_hashes(plan: MergePlan, files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """SHA-256 of every file beside the weights that the output is made from, by side and name."""
     base, adapter = plan.base.folder, plan.adapter.source.folder
     read = {companions.CONFIG: base / companions.CONFIG, **files}
@@ -222,29 +241,40 @@ def _companion_hashes(plan: MergePlan, files: Mapping[str, Path]) -> dict[str, d
     return hashes
 
 
-def _manifest(
+def describe_run(
     plan: MergePlan,
-    device: torch.device,
     bases: BasisFinder,
-    run: Run,
-    hashes: Mapping[str, Mapping[str, str]],
+    compute: torch.dtype,
+    weights: Mapping[str, str],
+    beside: Mapping[str, Mapping[str, str]],
+    options: Mapping[str, Any],
+    modules: Sequence[ModuleReport | LoraModule],
+    *,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
+    """The content of `psoft_export.json` for a run of a plan.
+
+    Args:
+        plan: the plan.
+        bases: what found the bases.
+        compute: dtype of the products.
+        weights: SHA-256 of each weight file of the base, by name.
+        beside: as `companion_hashes` gives it.
+        options: what was asked for.
+        modules: what was done to each.
+        warnings: what the user should know of this run, beside what plan and bases say.
+    """
     adapter = plan.adapter
-    compute = product_dtype(device)
     return manifest(
-        base=source_record(plan.base, {**run.sha256, **hashes["base"]}),
-        adapter=source_record(adapter.source, {**adapter.sha256, **hashes["adapter"]}),
+        base=source_record(plan.base, {**weights, **beside["base"]}),
+        adapter=source_record(adapter.source, {**adapter.sha256, **beside["adapter"]}),
         class_name=plan.layout.class_name,
-        options={
-            "dtype": plan.options.dtype,
-            "max_shard_size": plan.options.max_shard_size,
-            "labels": plan.layout.config_changes.get("id2label"),
-        },
+        options=options,
         basis=bases.describe(),
         product={
             "dtype": str(compute).removeprefix("torch."),
             "relative_error_bound": product_error_bound(adapter.basis_options.rank, compute),
         },
-        modules=tuple(run.modules),
-        warnings=(*plan.layout.warnings, *bases.warnings),
+        modules=modules,
+        warnings=(*plan.layout.warnings, *bases.warnings, *warnings),
     )

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
-from psoft_export.adapters.psoft import Adapter
+from psoft_export.adapters.psoft import Adapter, is_narrowed
 from psoft_export.checkpoint.dtypes import CODES, WEIGHT_CODES, config_name
 from psoft_export.checkpoint.reader import Checkpoint, WeightFile
 from psoft_export.checkpoint.safetensors_file import TensorEntry
@@ -189,8 +189,7 @@ def _check_coverage(skeleton: Skeleton, adapter: Adapter) -> None:
     PEFT adapts every match, so a gap means that the base is another (a deeper) model.
     """
     wanted = adapter.config.get("target_modules")
-    narrowed = ("layers_to_transform", "exclude_modules", "layers_pattern")
-    if wanted == "all-linear" or any(adapter.config.get(n) not in (None, []) for n in narrowed):
+    if wanted == "all-linear" or is_narrowed(adapter):
         return
     # PEFT adapts nothing inside a module that is trained and saved whole.
     whole = [re.escape(str(name)) for name in adapter.config.get("modules_to_save") or ()]

@@ -34,8 +34,8 @@ from psoft_export.cache import BasisCache, open_cache
 from psoft_export.checkpoint.output import OutputFolder
 from psoft_export.device import choose_device, device_name
 from psoft_export.errors import OutputError, UnsupportedError, UsageError
-from psoft_export.execution import Progress, ProgressCallback
 from psoft_export.merging import needed_record, plan_merge
+from psoft_export.pipeline import Progress, ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.weights import BaseReader, TargetWeight
 

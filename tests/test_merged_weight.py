@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from psoft_export.algebra import merged_weight
+from psoft_export.algebra.low_rank import product_norm
 from psoft_export.algebra.merged_weight import (
     MergeFigures,
     low_rank_factors,
     merged_blocks,
     product_error_bound,
-    product_norm,
 )
 from psoft_export.algebra.rounding import all_finite, round_to_nearest, unit_in_last_place
 

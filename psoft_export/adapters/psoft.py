@@ -28,7 +28,8 @@ from psoft_export.errors import AdapterError, NonFiniteError, UnsupportedError, 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+_NARROWING_FIELDS = ("layers_to_transform", "exclude_modules", "layers_pattern")
 _PARAMETERS = ("weight", "vector_a", "vector_b")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -124,9 +125,14 @@ def read_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return _read_tensors(adapter.source.folder / adapter.weights_file)
 
 
+def is_narrowed(adapter: Adapter) -> bool:
+    """Whether other fields of the config narrow `target_modules` down."""
+    return any(adapter.config.get(name) not in (None, []) for name in _NARROWING_FIELDS)
+
+
 def tensor_name(module: str, parameter: str) -> str:
     """The name of a rotation's parameter (`weight`, `vector_a`, `vector_b`) in the file."""
-    return f"{_PREFIX}{module}.psoft_R.{parameter}"
+    return f"{PREFIX}{module}.psoft_R.{parameter}"
 
 
 def adapter_files(names: Iterable[str]) -> list[str]:
@@ -229,9 +235,9 @@ def _sort_tensors(
     parts: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, tensor in sorted(tensors.items()):
-        if not key.startswith(_PREFIX):
-            raise AdapterError(f"{path}: tensor '{key}' does not start with '{_PREFIX}'")
-        name = key.removeprefix(_PREFIX)
+        if not key.startswith(PREFIX):
+            raise AdapterError(f"{path}: tensor '{key}' does not start with '{PREFIX}'")
+        name = key.removeprefix(PREFIX)
         module, marker, parameter = name.rpartition(".psoft_R.")
         if not marker:
             # Where PEFT saves a resized embedding, it saves its own wrapper around it as well.

@@ -94,12 +94,6 @@ def low_rank_factors(
     return scaling * (basis_b.double() @ (rotation - identity)), basis_a.double()
 
 
-def product_norm(left: Tensor, right: Tensor) -> float:
-    """‖left @ right‖_F from the r × r Gram matrices, without forming the product."""
-    squared = torch.sum((left.T @ left) * (right @ right.T))
-    return math.sqrt(max(float(squared), 0.0))
-
-
 def merged_blocks(
     weight: Tensor,
     left: Tensor,

@@ -76,7 +76,7 @@ def gather(base: Path, adapter: Path) -> dict[str, Path]:
         CheckpointError: `modules.json` names a path outside the folder.
     """
     ours = {name: base / name for name in companion_names(p.name for p in base.iterdir())}
-    theirs = {path.name: path for path in sorted(adapter.iterdir()) if path.is_file()}
+    theirs = brought(adapter)
     if theirs.keys() & {"tokenizer.json", "tokenizer_config.json"}:
         replaced = _TOKENIZER
     else:
@@ -85,6 +85,12 @@ def gather(base: Path, adapter: Path) -> dict[str, Path]:
     files = {name: path for name, path in ours.items() if name not in replaced and path.is_file()}
     files |= {name: path for name, path in theirs.items() if name in replaced}
     return dict(sorted((files | _pipeline_files(base)).items()))
+
+
+def brought(adapter: Path) -> dict[str, Path]:
+    """The tokenizer, chat template and processor files that an adapter brings, by name."""
+    known = _TOKENIZER | _TEMPLATES | _PROCESSOR
+    return {path.name: path for path in sorted(adapter.iterdir()) if path.name in known}
 
 
 def write_companions(files: Mapping[str, Path], target: Path) -> None:

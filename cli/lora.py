@@ -1,0 +1,107 @@
+"""`psoft-export lora`: the adapter as a LoRA adapter, for PEFT and for servers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from psoft_export.cli.options import (
+    AdapterOption,
+    BaseOption,
+    CacheDirOption,
+    DeviceOption,
+    JsonOption,
+    NoCacheOption,
+    QuietOption,
+    RequireRecordOption,
+    SvdDeviceOption,
+    TokenOption,
+)
+from psoft_export.cli.output import Output
+from psoft_export.planner import start_planner
+
+if TYPE_CHECKING:
+    from psoft_export import LoraReport
+
+EXAMPLES = """
+[bold]Examples[/]
+
+  psoft-export lora --base ./base --adapter ./adapter --output ./lora
+
+  psoft-export lora --base ./base --adapter ./adapter --output ./lora --dtype bf16
+
+  psoft-export lora --base ./base --adapter ./adapter --output ./lora --reduce-rank 0.01
+"""
+
+
+def lora_command(
+    base: BaseOption,
+    adapter: AdapterOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    device: DeviceOption = "auto",
+    svd_device: SvdDeviceOption = None,
+    require_record: RequireRecordOption = False,
+    cache_dir: CacheDirOption = None,
+    no_cache: NoCacheOption = False,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="fp32, fp16 or bf16 for lora_A and lora_B.")
+    ] = "fp32",
+    reduce_rank: Annotated[
+        float | None,
+        typer.Option(
+            "--reduce-rank", metavar="TOL", help="Smaller rank at ‖error‖ / ‖ΔW‖ of at most TOL."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")
+    ] = False,
+    token: TokenOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a PSOFT adapter as a LoRA adapter that PEFT and LoRA servers load.
+
+    It is the same change of the weights: a PSOFT adapter is a LoRA pair already.
+    """
+    out = Output(quiet=quiet, as_json=as_json)  # before the Hub library reads its settings
+    planner = start_planner()  # loads transformers while torch is loaded here
+    from psoft_export import to_lora
+
+    with out.merge_progress("converting") as progress:
+        report = to_lora(
+            base,
+            adapter,
+            output,
+            device=device,
+            svd_device=svd_device,
+            require_record=require_record,
+            cache=not no_cache,
+            cache_dir=cache_dir,
+            dtype=dtype,
+            reduce_rank=reduce_rank,
+            overwrite=overwrite,
+            token=token,
+            progress=progress,
+            planner=planner,
+        )
+    for warning in report.manifest["warnings"]:
+        out.warn(warning)
+    out.result(report.to_dict(), lambda console: _print(console, report))
+
+
+def _print(console: Console, report: "LoraReport") -> None:
+    modules = report.modules
+    needed = sorted(module.needed_rank for module in modules)
+    rows = {
+        "converted": f"{len(modules)} modules, rank {modules[0].rank}",
+        "LoRA rank": f"{report.rank}"
+        + (f" (modules need {needed[0]} to {needed[-1]})" if needed[0] != needed[-1] else ""),
+        "error / ‖ΔW‖": f"{max(module.relative_error for module in modules):.1e} at most",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print(f"written to {report.output}", markup=False, highlight=False)

@@ -1,0 +1,384 @@
+"""PSOFT as LoRA: ΔW = scaling · B (R − I) A is a LoRA pair already, exactly.
+
+No ΔW is formed and none decomposed. Names and config are those of PEFT's LoRA, which vLLM,
+SGLang and llama.cpp's converter read (`docs/lora.md`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psoft_export.adapters import psoft
+from psoft_export.adapters.psoft import Adapter
+from psoft_export.algebra.low_rank import (
+    needed_rank,
+    product_difference,
+    product_norm,
+    spectral_factors,
+)
+from psoft_export.algebra.merged_weight import low_rank_factors
+from psoft_export.algebra.rotation import rotation
+from psoft_export.algebra.rounding import all_finite, round_to_nearest
+from psoft_export.bases import BasisFinder
+from psoft_export.cache import open_cache
+from psoft_export.checkpoint import companions
+from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES, parse_dtype
+from psoft_export.checkpoint.output import OutputFolder, check_target
+from psoft_export.checkpoint.reader import raw
+from psoft_export.checkpoint.safetensors_file import read_header, read_tensor
+from psoft_export.checkpoint.writer import ShardWriter, TensorSpec, aligned_order
+from psoft_export.device import choose_device
+from psoft_export.errors import NonFiniteError, OutputError, UsageError
+from psoft_export.manifest import FILENAME, LoraModule
+from psoft_export.merging import check_apart, companion_hashes, describe_run, plan_merge
+from psoft_export.pipeline import Progress, ProgressCallback, Target, TargetPipeline
+from psoft_export.plan import MergePlan, PlannedTensor
+from psoft_export.planner import Planner
+from psoft_export.weights import BaseReader
+
+_SMALL_FILES_BYTES = 64 * 2**20
+_SPOOL = "unreduced.safetensors"  # in the scratch folder, while ranks are not known yet
+_SERVED_RANK = 512  # the largest that vLLM takes
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """The outcome of a conversion.
+
+    Attributes:
+        output: the folder written.
+        rank: r of the LoRA adapter, the same for every module.
+        modules: what was done to each module, in the order of the base.
+        manifest: all that `psoft_export.json` says.
+    """
+
+    output: Path
+    rank: int
+    modules: tuple[LoraModule, ...]
+    manifest: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as one JSON-ready object."""
+        return {"output": str(self.output), "rank": self.rank, **self.manifest}
+
+
+def to_lora(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    device: str = "auto",
+    svd_device: str | None = None,
+    require_record: bool = False,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    dtype: str = "fp32",
+    reduce_rank: float | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    progress: ProgressCallback | None = None,
+    planner: Planner | None = None,
+) -> LoraReport:
+    """Write a PSOFT adapter as a LoRA adapter that PEFT and LoRA servers load.
+
+    `lora_A` = A and `lora_B` = B (R − I), formed in float64 and rounded once, with
+    `lora_alpha` = `psoft_alpha`; tensors of `modules_to_save` are carried over.
+
+    Args:
+        base: folder or Hub id of the base that the adapter was trained on.
+        adapter: folder or Hub id of the adapter.
+        output: folder to write.
+        device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
+        svd_device: as for `merge`.
+        require_record: refuse an adapter without a basis record.
+        cache: keep bases on disk, and take them from there.
+        cache_dir: folder of that cache.
+        dtype: `fp32`, `fp16` or `bf16`, of `lora_A` and `lora_B`.
+        reduce_rank: the largest ‖error‖ / ‖ΔW‖ (Frobenius) that a module may have for a smaller
+            rank; every module gets the rank that the most demanding one needs. Below 1.
+        overwrite: replace a non-empty output folder.
+        token: a Hub token.
+        progress: called after each module.
+        planner: as for `merge`.
+
+    Raises:
+        UsageError: `reduce_rank` or another option cannot be used.
+        NonFiniteError: an entry does not fit `dtype`.
+        PsoftExportError: as `merge`.
+
+    Example:
+        >>> report = psoft_export.to_lora("base", "adapter", "lora", dtype="bf16")
+        >>> max(module.relative_error for module in report.modules)
+    """
+    if reduce_rank is not None and not 0 <= reduce_rank < 1:
+        raise UsageError(f"reduce-rank {reduce_rank}: a relative error from 0 to below 1 is needed")
+    code = parse_dtype(dtype)
+    on = choose_device(device)
+    trained_on = choose_device(svd_device) if svd_device is not None else None
+    store = open_cache(cache_dir) if cache else None
+    target = Path(output)
+    check_target(target.absolute(), overwrite=overwrite)
+    plan = plan_merge(base, adapter, require_record=require_record, token=token, planner=planner)
+    check_apart(target, plan)
+    bases = BasisFinder(plan.adapter, device=on, svd_device=trained_on, cache=store)
+    conversion = _Conversion(plan, bases, on, TORCH_DTYPES[code], progress)
+    files = companions.brought(plan.adapter.source.folder)
+    hashes = companion_hashes(plan, files)
+    room = _SMALL_FILES_BYTES + conversion.needed_bytes(spooled=reduce_rank is not None)
+    with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
+        companions.write_companions(files, folder.path)
+        rank = conversion.write(folder.path, reduce_rank)
+        scaled = reduce_rank is not None
+        config = _config(plan, rank, rank if scaled else plan.adapter.config.get("psoft_alpha", 32))
+        companions.write_json(folder.path / psoft.CONFIG, config)
+        options = {"dtype": code, "reduce_rank": reduce_rank}
+        content = describe_run(
+            plan,
+            bases,
+            torch.float64,
+            conversion.sha256,
+            hashes,
+            options,
+            conversion.modules,
+            warnings=_serving_warnings(plan.adapter, rank),
+        )
+        companions.write_json(folder.path / FILENAME, content)
+        folder.commit()
+    return LoraReport(target, rank, tuple(conversion.modules), content)
+
+
+class _Conversion:
+    """One conversion: the factors of every module, streamed into one file.
+
+    Attributes:
+        modules: what was done to each module, in the order of the base.
+        sha256: SHA-256 of each weight file of the base, by name.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        bases: BasisFinder,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self.modules: list[LoraModule] = []
+        self.sha256: dict[str, str] = {}
+        self._plan = plan
+        self._bases = bases
+        self._device = device
+        self._dtype = dtype
+        self._progress = progress
+        self._targets = plan.targets
+
+    def needed_bytes(self, *, spooled: bool) -> int:
+        """Disk that the tensors take, at most."""
+        rank = self._plan.adapter.basis_options.rank
+        numbers = sum(rank * sum(target.spec.shape) for target in self._targets)
+        saved = sum(tensor.nbytes for tensor in self._plan.adapter.saved.values())
+        return numbers * (self._dtype.itemsize + (8 if spooled else 0)) + saved
+
+    def write(self, folder: Path, tolerance: float | None) -> int:
+        """Write `adapter_model.safetensors`; returns its rank."""
+        if tolerance is None:
+            rank = self._plan.adapter.basis_options.rank
+            self._write_factors(folder, rank, self._pairs(self._exact))
+            return rank
+        spool = folder / _SPOOL
+        rank = self._spool(spool, tolerance)
+        self._write_factors(folder, rank, self._reduced(spool, rank))
+        spool.unlink()
+        return rank
+
+    def _write_factors(
+        self, folder: Path, rank: int, pairs: Iterator[tuple[Tensor, Tensor]]
+    ) -> None:
+        saved = {
+            f"{psoft.PREFIX}{name}": tensor for name, tensor in self._plan.adapter.saved.items()
+        }
+        specs = aligned_order(
+            [
+                *_factor_specs(self._targets, rank, CODES[self._dtype]),
+                *(TensorSpec(n, CODES[t.dtype], tuple(t.shape)) for n, t in saved.items()),
+            ]
+        )
+        factors = (factor for pair in pairs for factor in pair)
+        writer = ShardWriter(folder / psoft.SAFETENSORS, specs, {"format": "pt"})
+        try:
+            for spec in specs:
+                writer.append(raw(saved[spec.name] if spec.name in saved else next(factors)))
+            next(factors, None)  # to its end, where the base's files are hashed
+            writer.close()
+        finally:
+            writer.abandon()
+
+    def _pairs(
+        self, use: Callable[[Target], tuple[LoraModule, Tensor, Tensor]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `use` makes of each target: A-like and B-like factor; adds to `modules`."""
+        largest = max(target.spec.nbytes for target in self._targets)
+        pipeline = TargetPipeline(self._bases, self._device, use, largest)
+        total = sum(target.spec.nbytes for target in self._targets)
+        done = 0
+        with BaseReader(self._plan) as reader:
+            read = (Target(tensor, reader.target(tensor)) for tensor in self._targets)
+            with closing(pipeline.run(read)) as finished:
+                for target, made in finished:
+                    assert made is not None
+                    self.modules.append(made[0])
+                    done += target.nbytes
+                    if self._progress is not None:
+                        count = len(self.modules)
+                        name = target.tensor.spec.name
+                        self._progress(Progress(done, total, count, len(self._targets), name))
+                    yield made[1], made[2]
+            self.sha256 = reader.sha256()
+
+    def _factors(self, target: Target, scaling: float) -> tuple[Tensor, Tensor]:
+        assert target.basis is not None
+        basis = target.basis.basis
+        turn = rotation(self._plan.adapter.rotations[target.module])
+        return low_rank_factors(basis.a, basis.b, turn, scaling)
+
+    def _exact(self, target: Target) -> tuple[LoraModule, Tensor, Tensor]:
+        """The report, lora_A and lora_B of one module."""
+        left, right = self._factors(target, 1.0)
+        rank = right.shape[0]
+        a, b, error = self._rounded(target.tensor, left, right, rank)
+        return self._report(target, rank, error), a, b
+
+    def _spectral(self, target: Target) -> tuple[LoraModule, Tensor, Tensor]:
+        """As `_exact`, in float64 and in the order of the singular values of ΔW."""
+        left, right, _ = spectral_factors(
+            *self._factors(target, self._plan.adapter.basis_options.scaling)
+        )
+        return self._report(target, right.shape[0], 0.0), right.cpu(), left.cpu()
+
+    def _spool(self, path: Path, tolerance: float) -> int:
+        """Write all factors in float64; returns the rank that the modules need."""
+        specs = _factor_specs(self._targets, self._plan.adapter.basis_options.rank, "F64")
+        writer = ShardWriter(path, specs, {})
+        needed = []
+        try:
+            for right, left in self._pairs(self._spectral):
+                writer.append(raw(right))
+                writer.append(raw(left))
+                # The columns are U σ.
+                values = torch.linalg.vector_norm(left, dim=0)
+                needed.append(needed_rank(values, tolerance))
+            writer.close()
+        finally:
+            writer.abandon()
+        self.modules = [
+            replace(module, needed_rank=rank)
+            for module, rank in zip(self.modules, needed, strict=True)
+        ]
+        return max(needed)
+
+    def _reduced(self, spool: Path, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """lora_A and lora_B of each module, cut to `rank`; completes `modules`."""
+        entries, _ = read_header(spool, OutputError)
+        by_name = {entry.name: entry for entry in entries}
+        for index, target in enumerate(self._targets):
+            names = _factor_names(target)
+            right, left = (read_tensor(by_name[name], OutputError) for name in names)
+            a, b, error = self._rounded(target, left, right, rank)
+            self.modules[index] = replace(self.modules[index], relative_error=error)
+            yield a, b
+
+    def _rounded(
+        self, tensor: PlannedTensor, left: Tensor, right: Tensor, rank: int
+    ) -> tuple[Tensor, Tensor, float]:
+        """lora_A and lora_B in the output dtype on the CPU, and ‖error‖ / ‖ΔW‖."""
+        a = round_to_nearest(right[:rank].contiguous(), self._dtype)
+        b = round_to_nearest(left[:, :rank].contiguous(), self._dtype)
+        if not (all_finite(a) and all_finite(b)):
+            raise NonFiniteError(
+                f"result: the factors of '{tensor.spec.name}' do not fit "
+                f"{CODES[self._dtype]} (an entry became infinite); write a wider dtype"
+            )
+        norm = product_norm(left, right)
+        error = product_difference(left, right, b.double(), a.double())
+        return a.cpu(), b.cpu(), error / norm if norm else 0.0
+
+    def _report(self, target: Target, needed: int, error: float) -> LoraModule:
+        assert target.basis is not None
+        rows, columns = target.tensor.spec.shape
+        return LoraModule(
+            module=target.module,
+            tensor=target.tensor.spec.name,
+            shape=(rows, columns),
+            rank=self._plan.adapter.basis_options.rank,
+            needed_rank=needed,
+            relative_error=error,
+            basis_uncertainty=target.basis.uncertainty,
+        )
+
+
+def _factor_names(target: PlannedTensor) -> tuple[str, str]:
+    """The names of lora_A and lora_B in PEFT's format."""
+    return (
+        f"{psoft.PREFIX}{target.module}.lora_A.weight",
+        f"{psoft.PREFIX}{target.module}.lora_B.weight",
+    )
+
+
+def _factor_specs(targets: list[PlannedTensor], rank: int, code: str) -> list[TensorSpec]:
+    specs = []
+    for target in targets:
+        rows, columns = target.spec.shape
+        first, second = _factor_names(target)
+        specs += [TensorSpec(first, code, (rank, columns)), TensorSpec(second, code, (rows, rank))]
+    return specs
+
+
+def _config(plan: MergePlan, rank: int, alpha: float) -> dict[str, Any]:
+    """`adapter_config.json` of the LoRA adapter: what every loader asks for, and no more."""
+    ours, base = plan.adapter.config, plan.base
+    from_hub = base.commit is not None
+    return {
+        "peft_type": "LORA",
+        "task_type": ours.get("task_type"),
+        "auto_mapping": ours.get("auto_mapping"),
+        "base_model_name_or_path": base.name if from_hub else ours.get("base_model_name_or_path"),
+        "revision": base.commit if from_hub else ours.get("revision"),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "target_modules": _target_modules(plan.adapter),
+        "modules_to_save": ours.get("modules_to_save"),
+    }
+
+
+def _target_modules(adapter: Adapter) -> list[str]:
+    """The adapter's own list, or every module's path where that says more than a list of names.
+
+    Servers read a list; PEFT would take a pattern or 'all-linear' as well.
+    """
+    wanted = adapter.config.get("target_modules")
+    if isinstance(wanted, list) and not psoft.is_narrowed(adapter):
+        return sorted(str(name) for name in wanted)
+    return list(adapter.rotations)
+
+
+def _serving_warnings(adapter: Adapter, rank: int) -> list[str]:
+    warnings = []
+    if adapter.saved:
+        warnings.append(
+            "the adapter replaces whole modules (modules_to_save); PEFT loads them, vLLM and "
+            "llama.cpp do not: merge for those"
+        )
+    if rank > _SERVED_RANK:
+        warnings.append(f"rank {rank} is above {_SERVED_RANK}, the largest that vLLM serves")
+    return warnings
