@@ -136,12 +136,13 @@ class BasisCache:
         specs = [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing_file(path) as scratch:
+            # Not durable: an entry that a power failure damages is noticed and found anew.
+            with replacing_file(path, durable=False) as scratch:
                 writer = ShardWriter(scratch, specs, metadata)
                 try:
                     for tensor in tensors.values():
                         writer.append(raw(tensor))
-                    writer.close()
+                    writer.close(durable=False)
                 finally:
                     writer.abandon()
             self._make_room(path)

@@ -121,8 +121,10 @@ class OutputFolder:
 
 
 @contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
+def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A scratch path beside `path` whose file takes its name when the block ends without error.
+
+    With `durable`, it is on disk by then; without, a power failure may leave a damaged file.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -132,9 +134,11 @@ def replacing_file(path: Path) -> Iterator[Path]:
     try:
         try:
             yield scratch
-            _sync(scratch)
+            if durable:
+                _sync(scratch)
             scratch.replace(path)
-            _sync(path.parent)
+            if durable:
+                _sync(path.parent)
         finally:
             scratch.unlink(missing_ok=True)
     except OSError as cause:

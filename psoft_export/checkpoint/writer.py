@@ -83,8 +83,8 @@ class ShardWriter:
             raise RuntimeError(f"{self.path}: the new header has another length; a bug")
         os.pwrite(self._handle.fileno(), start, 0)
 
-    def close(self) -> None:
-        """Flush the file to disk.
+    def close(self, *, durable: bool = True) -> None:
+        """Close the file, flushed to disk where it is to be durable.
 
         Raises:
             RuntimeError: not every byte that the header announces was written.
@@ -94,7 +94,8 @@ class ShardWriter:
                 raise RuntimeError(
                     f"{self.path}: wrote {self._written} of {self._expected} bytes; a bug"
                 )
-            os.fsync(self._handle.fileno())
+            if durable:
+                os.fsync(self._handle.fileno())
         finally:
             self._handle.close()
 
