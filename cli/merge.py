@@ -89,7 +89,7 @@ def merge_command(
             labels=names,
             token=token,
         )
-        for warning in plan.layout.warnings:
+        for warning in plan.warnings:
             out.warn(warning)
         out.result(plan.to_dict(), lambda console: _print_plan(console, plan))
         return

@@ -276,5 +276,5 @@ def describe_run(
             "relative_error_bound": product_error_bound(adapter.basis_options.rank, compute),
         },
         modules=modules,
-        warnings=(*plan.layout.warnings, *bases.warnings, *warnings),
+        warnings=(*plan.warnings, *bases.warnings, *warnings),
     )

@@ -94,6 +94,11 @@ class MergePlan:
     layout: Layout
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know, one plain sentence each."""
+        return self.layout.warnings
+
+    @property
     def targets(self) -> list[PlannedTensor]:
         """The tensors that are merged, in the order they will be."""
         return [t for shard in self.layout.shards for t in shard.tensors if t.module is not None]
@@ -147,7 +152,7 @@ class MergePlan:
             "disk_bytes": self.output_bytes,
             "memory_bytes": self.working_bytes,
             "basis_record": self.adapter.record.kind if self.adapter.record else None,
-            "warnings": list(self.layout.warnings),
+            "warnings": list(self.warnings),
         }
 
 
