@@ -53,6 +53,7 @@ class Planner:
             ) from cause
         finally:
             self._connection.close()
+        self._process.join()  # its memory is free from here on
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -83,3 +84,6 @@ def _serve(connection: Connection) -> None:
             traceback.print_exc()
         answer = RuntimeError(f"{type(error).__name__}: {error}")
     connection.send(answer)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # at once: taking all modules apart would hold their memory for another second
