@@ -1,11 +1,9 @@
 """`psoft-export lora`: the adapter as a LoRA adapter, for PEFT and for servers."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from psoft_export.cli.options import (
     AdapterOption,
@@ -14,12 +12,14 @@ from psoft_export.cli.options import (
     DeviceOption,
     JsonOption,
     NoCacheOption,
+    OutputOption,
+    OverwriteOption,
     QuietOption,
     RequireRecordOption,
     SvdDeviceOption,
     TokenOption,
 )
-from psoft_export.cli.output import Output
+from psoft_export.cli.output import Output, basis_facts, print_facts
 from psoft_export.planner import start_planner
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ EXAMPLES = """
 def lora_command(
     base: BaseOption,
     adapter: AdapterOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: OutputOption,
     device: DeviceOption = "auto",
     svd_device: SvdDeviceOption = None,
     require_record: RequireRecordOption = False,
@@ -54,9 +54,7 @@ def lora_command(
             "--reduce-rank", metavar="TOL", help="Smaller rank at ‖error‖ / ‖ΔW‖ of at most TOL."
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")
-    ] = False,
+    overwrite: OverwriteOption = False,
     token: TokenOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -99,9 +97,6 @@ def _print(console: Console, report: "LoraReport") -> None:
         "LoRA rank": f"{report.rank}"
         + (f" (modules need {needed[0]} to {needed[-1]})" if needed[0] != needed[-1] else ""),
         "error / ‖ΔW‖": f"{max(module.relative_error for module in modules):.1e} at most",
+        **basis_facts(report.manifest["basis"], modules),
     }
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
-    console.print(f"written to {report.output}", markup=False, highlight=False)
+    print_facts(console, rows, report.output)

@@ -1,7 +1,6 @@
 """`psoft-export merge`: write the checkpoint in which an adapter is merged into its base."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,17 +13,17 @@ from psoft_export.cli.options import (
     DeviceOption,
     JsonOption,
     NoCacheOption,
+    OutputOption,
+    OverwriteOption,
     QuietOption,
     RequireRecordOption,
     SvdDeviceOption,
     TokenOption,
 )
-from psoft_export.cli.output import Output, size
+from psoft_export.cli.output import Output, basis_facts, print_facts, size
 from psoft_export.planner import start_planner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from psoft_export import MergePlan, MergeReport
 
 EXAMPLES = """
@@ -41,7 +40,7 @@ EXAMPLES = """
 def merge_command(
     base: BaseOption,
     adapter: AdapterOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: OutputOption,
     device: DeviceOption = "auto",
     svd_device: SvdDeviceOption = None,
     require_record: RequireRecordOption = False,
@@ -59,9 +58,7 @@ def merge_command(
         str | None,
         typer.Option("--labels", help="Class names of a new classification head, comma-separated."),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")
-    ] = False,
+    overwrite: OverwriteOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
     ] = False,
@@ -143,30 +140,15 @@ def _print_plan(console: Console, plan: "MergePlan") -> None:
     )
 
 
-def _basis(basis: "Mapping[str, Any]") -> str:
-    if (record := basis["record"]) is None:
-        return f"{basis['solver']} SVD in {basis['dtype']} on {basis['device']}; not recorded"
-    found = f"; vectors by {basis['solver']}" if record["kind"] == "signs" else ""
-    return f"recorded ({record['kind']}; {record['svd']}){found}"
-
-
 def _print_report(console: Console, report: "MergeReport") -> None:
     modules = report.modules
     deltas = sorted(module.relative_delta for module in modules)
-    basis = report.manifest["basis"]
-    known = [m.basis_uncertainty for m in modules if m.basis_uncertainty is not None]
-    left_open = f"{max(known):.1e} at most" if len(known) == len(modules) else "not known"
     rows = {
         "merged": f"{len(modules)} modules, rank {modules[0].rank}",
         "‖ΔW‖/‖W‖": f"{deltas[0]:.3g} to {deltas[-1]:.3g}",
         "largest rotation angle": f"{max(m.largest_angle for m in modules):.1f}°",
         "orthogonality error": f"{max(m.orthogonality_error for m in modules):.1e}",
         "rounding error / ‖ΔW‖": f"{max(m.relative_rounding for m in modules):.2g} at most",
-        "basis": _basis(basis),
-        "left open by the basis / ‖ΔW‖": left_open,
+        **basis_facts(report.manifest["basis"], modules),
     }
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
-    console.print(f"written to {report.output}", markup=False, highlight=False)
+    print_facts(console, rows, report.output)

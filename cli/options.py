@@ -13,6 +13,10 @@ AdapterOption = Annotated[
     str,
     typer.Option("--adapter", help="PSOFT adapter: a folder or a Hub id, with @revision or not."),
 ]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")
+]
 TokenOption = Annotated[
     str | None,
     typer.Option("--token", help="Hub token; by default HF_TOKEN, or the one of 'hf auth login'."),

@@ -3,14 +3,17 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 if TYPE_CHECKING:
+    from psoft_export import LoraModule, ModuleReport
     from psoft_export import Progress as MergeProgress
 
 _PIPE_WIDTH = 200  # columns of a table that goes to a file or another program
@@ -87,6 +90,29 @@ class Output:
                 )
 
         return show
+
+
+def print_facts(console: Console, rows: Mapping[str, str], output: Path) -> None:
+    """Print names and values in two columns, and where the output is."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print(f"written to {output}", markup=False, highlight=False)
+
+
+def basis_facts(
+    basis: Mapping[str, Any], modules: "Sequence[ModuleReport | LoraModule]"
+) -> dict[str, str]:
+    """Where the bases of a run came from, and what that leaves open."""
+    if (record := basis["record"]) is None:
+        origin = f"{basis['solver']} SVD in {basis['dtype']} on {basis['device']}; not recorded"
+    else:
+        found = f"; vectors by {basis['solver']}" if record["kind"] == "signs" else ""
+        origin = f"recorded ({record['kind']}; {record['svd']}){found}"
+    known = [m.basis_uncertainty for m in modules if m.basis_uncertainty is not None]
+    left_open = f"{max(known):.1e} at most" if len(known) == len(modules) else "not known"
+    return {"basis": origin, "left open by the basis / ‖ΔW‖": left_open}
 
 
 def print_error(text: str) -> None:

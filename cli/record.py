@@ -1,6 +1,5 @@
 """`psoft-export record` and `convert`: the basis record of an adapter, made, checked, converted."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -14,6 +13,8 @@ from psoft_export.cli.options import (
     DeviceOption,
     JsonOption,
     NoCacheOption,
+    OutputOption,
+    OverwriteOption,
     QuietOption,
     TokenOption,
 )
@@ -91,13 +92,11 @@ def convert_command(
         Literal["signs", "full", "this-machine"],
         typer.Option("--to", help="Kind of record, or the basis that PEFT finds on this machine."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: OutputOption,
     device: DeviceOption = "auto",
     cache_dir: CacheDirOption = None,
     no_cache: NoCacheOption = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")
-    ] = False,
+    overwrite: OverwriteOption = False,
     token: TokenOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,

@@ -4,7 +4,7 @@ No ΔW is formed and none decomposed. Names and config are those of PEFT's LoRA,
 SGLang and llama.cpp's converter read (`docs/lora.md`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +41,6 @@ from psoft_export.plan import MergePlan, PlannedTensor
 from psoft_export.planner import Planner
 from psoft_export.weights import BaseReader
 
-_SMALL_FILES_BYTES = 64 * 2**20
 _SPOOL = "unreduced.safetensors"  # in the scratch folder, while ranks are not known yet
 _SERVED_RANK = 512  # the largest that vLLM takes
 
@@ -126,13 +125,13 @@ def to_lora(
     plan = plan_merge(base, adapter, require_record=require_record, token=token, planner=planner)
     check_apart(target, plan)
     bases = BasisFinder(plan.adapter, device=on, svd_device=trained_on, cache=store)
-    conversion = _Conversion(plan, bases, on, TORCH_DTYPES[code], progress)
+    conversion = _Conversion(plan, bases, on, TORCH_DTYPES[code], reduce_rank, progress)
     files = companions.brought(plan.adapter.source.folder)
     hashes = companion_hashes(plan, files)
-    room = _SMALL_FILES_BYTES + conversion.needed_bytes(spooled=reduce_rank is not None)
+    room = companions.ROOM_BYTES + conversion.needed_bytes()
     with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
         companions.write_companions(files, folder.path)
-        rank = conversion.write(folder.path, reduce_rank)
+        rank = conversion.write(folder.path)
         scaled = reduce_rank is not None
         config = _config(plan, rank, rank if scaled else plan.adapter.config.get("psoft_alpha", 32))
         companions.write_json(folder.path / psoft.CONFIG, config)
@@ -166,6 +165,7 @@ class _Conversion:
         bases: BasisFinder,
         device: torch.device,
         dtype: torch.dtype,
+        tolerance: float | None,
         progress: ProgressCallback | None,
     ) -> None:
         self.modules: list[LoraModule] = []
@@ -174,30 +174,32 @@ class _Conversion:
         self._bases = bases
         self._device = device
         self._dtype = dtype
+        self._tolerance = tolerance
         self._progress = progress
         self._targets = plan.targets
 
-    def needed_bytes(self, *, spooled: bool) -> int:
+    def needed_bytes(self) -> int:
         """Disk that the tensors take, at most."""
+        spooled = 0 if self._tolerance is None else torch.float64.itemsize
         rank = self._plan.adapter.basis_options.rank
         numbers = sum(rank * sum(target.spec.shape) for target in self._targets)
         saved = sum(tensor.nbytes for tensor in self._plan.adapter.saved.values())
-        return numbers * (self._dtype.itemsize + (8 if spooled else 0)) + saved
+        return numbers * (self._dtype.itemsize + spooled) + saved
 
-    def write(self, folder: Path, tolerance: float | None) -> int:
+    def write(self, folder: Path) -> int:
         """Write `adapter_model.safetensors`; returns its rank."""
-        if tolerance is None:
+        if self._tolerance is None:
             rank = self._plan.adapter.basis_options.rank
             self._write_factors(folder, rank, self._pairs(self._exact))
             return rank
         spool = folder / _SPOOL
-        rank = self._spool(spool, tolerance)
+        rank = self._spool(spool)
         self._write_factors(folder, rank, self._reduced(spool, rank))
         spool.unlink()
         return rank
 
     def _write_factors(
-        self, folder: Path, rank: int, pairs: Iterator[tuple[Tensor, Tensor]]
+        self, folder: Path, rank: int, pairs: Generator[tuple[Tensor, Tensor]]
     ) -> None:
         saved = {
             f"{psoft.PREFIX}{name}": tensor for name, tensor in self._plan.adapter.saved.items()
@@ -211,16 +213,17 @@ class _Conversion:
         factors = (factor for pair in pairs for factor in pair)
         writer = ShardWriter(folder / psoft.SAFETENSORS, specs, {"format": "pt"})
         try:
-            for spec in specs:
-                writer.append(raw(saved[spec.name] if spec.name in saved else next(factors)))
-            next(factors, None)  # to its end, where the base's files are hashed
+            with closing(pairs):
+                for spec in specs:
+                    writer.append(raw(saved[spec.name] if spec.name in saved else next(factors)))
+                next(factors, None)  # to its end, where the base's files are hashed
             writer.close()
         finally:
             writer.abandon()
 
     def _pairs(
         self, use: Callable[[Target], tuple[LoraModule, Tensor, Tensor]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor]]:
         """What `use` makes of each target: A-like and B-like factor; adds to `modules`."""
         largest = max(target.spec.nbytes for target in self._targets)
         pipeline = TargetPipeline(self._bases, self._device, use, largest)
@@ -255,33 +258,28 @@ class _Conversion:
 
     def _spectral(self, target: Target) -> tuple[LoraModule, Tensor, Tensor]:
         """As `_exact`, in float64 and in the order of the singular values of ΔW."""
-        left, right, _ = spectral_factors(
+        assert self._tolerance is not None
+        left, right, values = spectral_factors(
             *self._factors(target, self._plan.adapter.basis_options.scaling)
         )
-        return self._report(target, right.shape[0], 0.0), right.cpu(), left.cpu()
+        needed = needed_rank(values, self._tolerance)
+        return self._report(target, needed, 0.0), right.cpu(), left.cpu()
 
-    def _spool(self, path: Path, tolerance: float) -> int:
+    def _spool(self, path: Path) -> int:
         """Write all factors in float64; returns the rank that the modules need."""
         specs = _factor_specs(self._targets, self._plan.adapter.basis_options.rank, "F64")
         writer = ShardWriter(path, specs, {})
-        needed = []
         try:
-            for right, left in self._pairs(self._spectral):
-                writer.append(raw(right))
-                writer.append(raw(left))
-                # The columns are U σ.
-                values = torch.linalg.vector_norm(left, dim=0)
-                needed.append(needed_rank(values, tolerance))
-            writer.close()
+            with closing(self._pairs(self._spectral)) as pairs:
+                for right, left in pairs:
+                    writer.append(raw(right))
+                    writer.append(raw(left))
+            writer.close(durable=False)
         finally:
             writer.abandon()
-        self.modules = [
-            replace(module, needed_rank=rank)
-            for module, rank in zip(self.modules, needed, strict=True)
-        ]
-        return max(needed)
+        return max(module.needed_rank for module in self.modules)
 
-    def _reduced(self, spool: Path, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _reduced(self, spool: Path, rank: int) -> Generator[tuple[Tensor, Tensor]]:
         """lora_A and lora_B of each module, cut to `rank`; completes `modules`."""
         entries, _ = read_header(spool, OutputError)
         by_name = {entry.name: entry for entry in entries}

@@ -38,8 +38,6 @@ from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan, OutputOptions
 from psoft_export.planner import Planner
 
-_SMALL_FILES_BYTES = 64 * 2**20  # room for headers, config and tokenizer in the disk check
-
 
 def merge(
     base: str | Path,
@@ -184,7 +182,7 @@ def execute_merge(
     check_apart(target, plan)
     files = companions.gather(plan.base.folder, plan.adapter.source.folder)
     hashes = companion_hashes(plan, files)  # reads them all, so none fails half-way
-    room = plan.output_bytes + _SMALL_FILES_BYTES
+    room = plan.output_bytes + companions.ROOM_BYTES
     with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
         companions.write_companions(files, folder.path)
         companions.write_config(plan.base.folder, plan.layout.config_changes, folder.path)

@@ -199,7 +199,7 @@ class _Workers(AbstractContextManager["_Workers"]):
         """Start `count` threads."""
         self._threads = torch.get_num_threads()
         self._share = self._threads // count
-        self._pool = ThreadPoolExecutor(count, "psoft-merge")
+        self._pool = ThreadPoolExecutor(count, "psoft-worker")
         self._running: set[Future[Any]] = set()
 
     def __exit__(self, *_: object) -> None:

@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from psoft_export.errors import PsoftExportError
+from psoft_export.errors import PsoftExportError, UsageError
 
 if TYPE_CHECKING:
     from psoft_export.checkpoint.source import Source
@@ -40,8 +41,11 @@ class Planner:
         """What `planning.make_layout` says of these folders, with the same errors.
 
         Raises:
+            UsageError: it was asked before.
             PsoftExportError: the process ended without an answer.
         """
+        if self._connection.closed:
+            raise UsageError("planner: plans one merge only; start another for the next")
         try:
             self._connection.send((base, adapter, options))
             answer: Layout | Exception = self._connection.recv()
@@ -83,7 +87,8 @@ def _serve(connection: Connection) -> None:
         if os.environ.get("PSOFT_EXPORT_DEBUG"):
             traceback.print_exc()
         answer = RuntimeError(f"{type(error).__name__}: {error}")
-    connection.send(answer)
+    with suppress(OSError):  # nobody waits for it any more
+        connection.send(answer)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # at once: taking all modules apart would hold their memory for another second

@@ -173,6 +173,7 @@ def test_command_prints_rank_and_error(tmp_path: Path, capsys: pytest.CaptureFix
     assert run([*line, "--reduce-rank", "0.05"]) == 0
     shown = capsys.readouterr().out
     assert "28 modules, rank 64" in shown and "LoRA rank" in shown and "need 50 to 57" in shown
+    assert "basis" in shown and "recorded (signs; full SVD, cpu" in shown
     assert run([*line, "--overwrite", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["rank"] == 64 and len(result["modules"]) == 28

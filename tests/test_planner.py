@@ -9,7 +9,7 @@ import pytest
 
 from psoft_export import Planner, load_adapter, merge, plan_merge, start_planner
 from psoft_export.checkpoint.source import Source
-from psoft_export.errors import MismatchError, PsoftExportError
+from psoft_export.errors import MismatchError, PsoftExportError, UsageError
 from psoft_export.plan import OutputOptions
 from tests import files, models
 from tests.conftest import BUNDLED, EXAMPLES
@@ -93,6 +93,12 @@ def test_a_planner_that_dies_is_an_error(
     planner._process.kill()
     planner._process.join()
     with pytest.raises(PsoftExportError, match="ended with code -9"):
+        plan_merge(llama, llama_adapter, planner=planner)
+
+
+def test_a_planner_plans_once(planner: Planner, llama: Path, llama_adapter: Path) -> None:
+    plan_merge(llama, llama_adapter, planner=planner)
+    with pytest.raises(UsageError, match="one merge only"):
         plan_merge(llama, llama_adapter, planner=planner)
 
 

@@ -11,6 +11,7 @@ from psoft_export.checkpoint.source import member
 from psoft_export.errors import CheckpointError
 
 CONFIG = "config.json"
+ROOM_BYTES = 64 * 2**20  # for headers, config and tokenizer, in a check of the disk
 _TOKENIZER = {
     "tokenizer.json",
     "tokenizer_config.json",
