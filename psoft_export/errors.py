@@ -85,3 +85,9 @@ class RecordMissingError(PsoftExportError):
     """`--require-record` was given, and the adapter has no basis record."""
 
     exit_code = 13
+
+
+class NotEquivalentError(PsoftExportError):
+    """A checkpoint is not what its base and adapter mean."""
+
+    exit_code = 14
