@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from psoft_export.cli import cache, inspect, lora, merge, record
+from psoft_export.cli import cache, inspect, lora, merge, record, verify
 from psoft_export.cli.output import print_error
 from psoft_export.errors import PsoftExportError, UsageError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)
+app.command("verify", epilog=verify.EXAMPLES)(verify.verify_command)
 app.command("lora", epilog=lora.EXAMPLES)(lora.lora_command)
 app.command("record", epilog=record.RECORD_EXAMPLES)(record.record_command)
 app.command("convert", epilog=record.CONVERT_EXAMPLES)(record.convert_command)

@@ -44,6 +44,18 @@ CacheDirOption = Annotated[
     Path | None,
     typer.Option("--cache-dir", help="Cache of bases; default: PSOFT_EXPORT_CACHE, or the user's."),
 ]
+TextOption = Annotated[
+    Path | None,
+    typer.Option("--text", help="UTF-8 text to compare outputs on; default: random tokens."),
+]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE.html", help="Write the verdict as one HTML page."),
+]
+SummaryOption = Annotated[
+    Path | None,
+    typer.Option("--summary", metavar="FILE.md", help="Write the verdict as Markdown."),
+]
 NoCacheOption = Annotated[
     bool, typer.Option("--no-cache", help="Neither read nor write the cache of bases.")
 ]

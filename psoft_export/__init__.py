@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from psoft_export.errors import PsoftExportError
     from psoft_export.inspection import AdapterSummary, LayerSummary, inspect
     from psoft_export.lora import LoraReport, to_lora
-    from psoft_export.manifest import LoraModule, MergeReport, ModuleReport
-    from psoft_export.merging import merge, plan_merge
+    from psoft_export.manifest import LoraModule, ModuleReport
+    from psoft_export.merging import MergeReport, merge, plan_merge
     from psoft_export.pipeline import Progress
     from psoft_export.plan import MergePlan
     from psoft_export.planner import Planner, start_planner
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         record,
     )
     from psoft_export.training import RecordBasisCallback, record_basis, restore_basis
+    from psoft_export.verification.figures import VerificationReport
+    from psoft_export.verifying import verify
 
 __all__ = [
     "Adapter",
@@ -46,6 +48,7 @@ __all__ = [
     "RecordBasisCallback",
     "RecordReport",
     "RecordedModule",
+    "VerificationReport",
     "check_record",
     "convert",
     "inspect",
@@ -57,6 +60,7 @@ __all__ = [
     "restore_basis",
     "start_planner",
     "to_lora",
+    "verify",
 ]
 
 _HOMES = {
@@ -66,7 +70,7 @@ _HOMES = {
     "LoraModule": "manifest",
     "LoraReport": "lora",
     "MergePlan": "plan",
-    "MergeReport": "manifest",
+    "MergeReport": "merging",
     "ModuleReport": "manifest",
     "Planner": "planner",
     "Progress": "pipeline",
@@ -74,6 +78,7 @@ _HOMES = {
     "RecordBasisCallback": "training",
     "RecordReport": "recording",
     "RecordedModule": "recording",
+    "VerificationReport": "verification.figures",
     "check_record": "recording",
     "convert": "recording",
     "inspect": "inspection",
@@ -85,6 +90,7 @@ _HOMES = {
     "restore_basis": "training",
     "start_planner": "planner",
     "to_lora": "lora",
+    "verify": "verifying",
 }
 
 

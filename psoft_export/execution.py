@@ -1,16 +1,22 @@
-"""Carrying a plan out: every weight file of the output, in one pass over the base."""
+"""Carrying a plan out: every weight file of the output, in one pass over the base, checked."""
 
+import hashlib
 import math
 from collections.abc import Generator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from psoft_export.algebra.low_rank import product_norm
-from psoft_export.algebra.merged_weight import MergeFigures, low_rank_factors, merged_blocks
+from psoft_export.algebra.merged_weight import (
+    MergeFigures,
+    low_rank_factors,
+    merged_blocks,
+    product_dtype,
+)
 from psoft_export.algebra.rotation import (
     core_rotation,
     orthogonality_error,
@@ -20,14 +26,27 @@ from psoft_export.algebra.rotation import (
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
 from psoft_export.bases import BasisFinder
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
-from psoft_export.checkpoint.reader import raw, typed
+from psoft_export.checkpoint.reader import file_sha256, raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.write_behind import WriteBehind
 from psoft_export.checkpoint.writer import ShardWriter
-from psoft_export.errors import NonFiniteError
+from psoft_export.errors import NonFiniteError, NotEquivalentError, OutputError
 from psoft_export.manifest import ModuleReport
 from psoft_export.pipeline import Progress, ProgressCallback, Target, TargetPipeline, damaged
 from psoft_export.plan import MergePlan, PlannedShard, PlannedTensor
+from psoft_export.verification.evaluation import Deviation
+from psoft_export.verification.figures import (
+    GeometryFigures,
+    GeometryLevel,
+    WeightFigures,
+    WeightsLevel,
+)
+from psoft_export.verification.weights import (
+    examine_geometry,
+    examine_merged,
+    geometry_level,
+    weight_problem,
+)
 from psoft_export.weights import BaseReader
 
 _CHUNKS_AHEAD = 2
@@ -48,18 +67,24 @@ class _Copy:
 
 @dataclass(frozen=True)
 class _Merged:
-    """A target's bytes, in row blocks, and what is reported of it."""
+    """A target's bytes, in row blocks, what is reported of it, and how good it was found."""
 
     blocks: list[Tensor]
     report: ModuleReport
+    figures: WeightFigures
+    geometry: GeometryFigures | None
 
 
 class Run:
     """One execution of a plan.
 
+    Each merged weight is compared with the second evaluation of `verification` as soon as it is
+    made, and each file, once written, with what was to be written.
+
     Attributes:
         modules: what was done to each target, in the order of the output.
         sha256: SHA-256 of each weight file of the base, by name.
+        files: SHA-256 of each weight file of the output, by name.
     """
 
     def __init__(
@@ -68,10 +93,20 @@ class Run:
         bases: BasisFinder,
         device: torch.device,
         progress: ProgressCallback | None,
+        *,
+        with_geometry: bool = False,
     ) -> None:
-        """Prepare to carry out `plan` on `device`; reads nothing yet."""
+        """Prepare to carry out `plan` on `device`; reads nothing yet.
+
+        With `with_geometry`, what the rotations keep is examined as well.
+        """
         self.modules: list[ModuleReport] = []
         self.sha256: dict[str, str] = {}
+        self.files: dict[str, str] = {}
+        self._figures: list[WeightFigures] = []
+        self._geometry: list[GeometryFigures] = []
+        self._with_geometry = with_geometry
+        self._product_unit = torch.finfo(product_dtype(device)).eps / 2
         self._plan = plan
         self._device = device
         self._progress = progress
@@ -83,13 +118,16 @@ class Run:
     def write_weights(self, folder: Path) -> None:
         """Write every weight file into `folder`."""
         with ExitStack() as stack:
-            sink = stack.enter_context(_ShardSink(folder, self._plan.layout.shards))
+            sink = stack.enter_context(_ShardSink(folder, self._plan.layout.shards, self.files))
             writer = stack.enter_context(WriteBehind(sink.write, _CHUNKS_AHEAD))
             pieces = stack.enter_context(closing(self._pieces()))
             done = stack.enter_context(closing(self._pipeline.run(pieces)))
             for piece, merged in done:
                 if merged is not None:
                     self.modules.append(merged.report)
+                    self._figures.append(merged.figures)
+                    if merged.geometry is not None:
+                        self._geometry.append(merged.geometry)
                     blocks = merged.blocks
                 else:
                     assert isinstance(piece, _Copy)
@@ -98,6 +136,17 @@ class Run:
                     writer.put((piece.tensor, data))
                     self._report(piece.tensor, data.numel())
                 del piece, merged, blocks, data  # not held while the next is computed
+
+    def weights_level(self) -> WeightsLevel:
+        """The weights level of what was written; nothing is written that is not equivalent."""
+        planned = [t for shard in self._plan.layout.shards for t in shard.tensors]
+        saved = sum(tensor.saved is not None for tensor in planned)
+        copied = len(planned) - saved - len(self._figures)
+        return WeightsLevel(tuple(self._figures), copied, saved, ())
+
+    def geometry_level(self) -> GeometryLevel | None:
+        """The geometry level, where it was asked for."""
+        return geometry_level(self._geometry, self._plan.adapter) if self._with_geometry else None
 
     def _pieces(self) -> Generator[_Copy | Target]:
         """The origin of every output byte, in the order of the output."""
@@ -131,22 +180,30 @@ class Run:
         cast = round_to_nearest(values, dtype) if stored == "F64" else values.to(dtype)
         if tensor.is_parameter and not all_finite(cast):
             raise _does_not_fit(tensor)
+        deviation = Deviation(None)
+        deviation.add(values[:, None], cast[:, None])
+        if deviation.not_nearest:
+            raise _not_equivalent(f"tensor '{tensor.spec.name}' was not rounded to {wanted}")
         return raw(cast)
 
     def _merged(self, target: Target) -> _Merged:
         """Merge one target, given its basis."""
         tensor, found = target.tensor, target.basis
         assert found is not None
-        parameters = self._plan.adapter.rotations[target.module]
+        adapter = self._plan.adapter
+        parameters, scaling = adapter.rotations[target.module], adapter.basis_options.scaling
         weight = target.weight.values.to(self._device)
-        scaling = self._plan.adapter.basis_options.scaling
+        target = replace(target, weight=replace(target.weight, values=weight))
         a, b = found.basis.a, found.basis.b
         left, right = low_rank_factors(a, b, rotation(parameters), scaling)
         figures = MergeFigures(product_norm(left, right))
         dtype = TORCH_DTYPES[tensor.spec.dtype]
-        blocks = [raw(block) for block in merged_blocks(weight, left, right, dtype, figures)]
+        blocks = list(merged_blocks(weight, left, right, dtype, figures))
         if not figures.finite:
             raise _does_not_fit(tensor)
+        equivalence = examine_merged(target, blocks, adapter, self._product_unit)
+        if (problem := weight_problem(equivalence)) is not None:
+            raise _not_equivalent(problem)
         rows, columns = tensor.spec.shape
         report = ModuleReport(
             module=target.module,
@@ -159,7 +216,8 @@ class Run:
             basis_uncertainty=found.uncertainty,
             relative_rounding=figures.relative_rounding,
         )
-        return _Merged(blocks, report)
+        shape = examine_geometry(target, adapter) if self._with_geometry else None
+        return _Merged([raw(block) for block in blocks], report, equivalence, shape)
 
     def _report(self, tensor: PlannedTensor, nbytes: int) -> None:
         self._done_bytes += nbytes
@@ -176,10 +234,17 @@ class Run:
 
 
 class _ShardSink:
-    """Receives the output's bytes in order and keeps one weight file open at a time."""
+    """Receives the output's bytes in order and keeps one weight file open at a time.
 
-    def __init__(self, folder: Path, shards: tuple[PlannedShard, ...]) -> None:
+    A file that is complete is read back; its SHA-256 goes into `files`.
+    """
+
+    def __init__(
+        self, folder: Path, shards: tuple[PlannedShard, ...], files: dict[str, str]
+    ) -> None:
         self._folder = folder
+        self._files = files
+        self._digest = hashlib.sha256()
         self._shards = {tensor.spec.name: shard for shard in shards for tensor in shard.tensors}
         self._shard: PlannedShard | None = None
         self._writer: ShardWriter | None = None
@@ -190,7 +255,7 @@ class _ShardSink:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._writer is not None:
             if kind is None:
-                self._writer.close()
+                self._finish(self._writer)
             else:
                 self._writer.abandon()
 
@@ -200,12 +265,20 @@ class _ShardSink:
         shard = self._shards[tensor.spec.name]
         if shard is not self._shard:
             if self._writer is not None:
-                self._writer.close()
+                self._finish(self._writer)
             specs = [planned.spec for planned in shard.tensors]
-            self._writer = ShardWriter(self._folder / shard.filename, specs, shard.metadata)
+            path, self._digest = self._folder / shard.filename, hashlib.sha256()
+            self._writer = ShardWriter(path, specs, shard.metadata, self._digest)
             self._shard = shard
         assert self._writer is not None
         self._writer.append(data)
+
+    def _finish(self, writer: ShardWriter) -> None:
+        writer.close()
+        written, found = self._digest.hexdigest(), file_sha256(writer.path, OutputError)
+        if found != written:
+            raise _not_equivalent(f"{writer.path.name} reads back as other bytes than written")
+        self._files[writer.path.name] = written
 
 
 def _entry(tensor: PlannedTensor) -> TensorEntry:
@@ -220,3 +293,10 @@ def _does_not_fit(tensor: PlannedTensor) -> NonFiniteError:
     else:
         why = "is not finite; the adapter's rotation has grown beyond all bounds"
     return NonFiniteError(f"result: tensor '{name}' {why}")
+
+
+def _not_equivalent(problem: str) -> NotEquivalentError:
+    return NotEquivalentError(
+        f"result: {problem}; nothing was written. A fault of memory or disk, or a bug: run again, "
+        "and report it if it stays"
+    )

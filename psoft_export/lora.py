@@ -4,6 +4,7 @@ No ΔW is formed and none decomposed. Names and config are those of PEFT's LoRA,
 SGLang and llama.cpp's converter read (`docs/lora.md`).
 """
 
+import hashlib
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -144,6 +145,7 @@ def to_lora(
             hashes,
             options,
             conversion.modules,
+            files={psoft.SAFETENSORS: conversion.written},
             warnings=_serving_warnings(plan.adapter, rank),
         )
         companions.write_json(folder.path / FILENAME, content)
@@ -157,6 +159,7 @@ class _Conversion:
     Attributes:
         modules: what was done to each module, in the order of the base.
         sha256: SHA-256 of each weight file of the base, by name.
+        written: SHA-256 of `adapter_model.safetensors`.
     """
 
     def __init__(
@@ -170,6 +173,7 @@ class _Conversion:
     ) -> None:
         self.modules: list[LoraModule] = []
         self.sha256: dict[str, str] = {}
+        self.written = ""
         self._plan = plan
         self._bases = bases
         self._device = device
@@ -211,7 +215,8 @@ class _Conversion:
             ]
         )
         factors = (factor for pair in pairs for factor in pair)
-        writer = ShardWriter(folder / psoft.SAFETENSORS, specs, {"format": "pt"})
+        digest = hashlib.sha256()
+        writer = ShardWriter(folder / psoft.SAFETENSORS, specs, {"format": "pt"}, digest)
         try:
             with closing(pairs):
                 for spec in specs:
@@ -220,6 +225,7 @@ class _Conversion:
             writer.close()
         finally:
             writer.abandon()
+        self.written = digest.hexdigest()
 
     def _pairs(
         self, use: Callable[[Target], tuple[LoraModule, Tensor, Tensor]]

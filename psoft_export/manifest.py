@@ -3,7 +3,6 @@
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,19 +68,6 @@ class LoraModule:
     basis_uncertainty: float | None
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """The outcome of a merge: where it is, and all that `psoft_export.json` says."""
-
-    output: Path
-    modules: tuple[ModuleReport, ...]
-    manifest: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as one JSON-ready object."""
-        return {"output": str(self.output), **self.manifest}
-
-
 def source_record(source: Source, sha256: Mapping[str, str]) -> dict[str, Any]:
     """A base or adapter as the manifest names it."""
     return {
@@ -100,10 +86,16 @@ def manifest(
     options: Mapping[str, Any],
     basis: Mapping[str, Any],
     product: Mapping[str, Any],
+    files: Mapping[str, str],
+    verification: Mapping[str, Any] | None,
     modules: Sequence[ModuleReport | LoraModule],
     warnings: tuple[str, ...],
 ) -> dict[str, Any]:
-    """The content of `psoft_export.json`. Holds no time and no path, so runs compare equal."""
+    """The content of `psoft_export.json`. Holds no time and no path, so runs compare equal.
+
+    `files` is the SHA-256 of each weight file written, by name; `verification` the summary of
+    each level that was checked, None where there is nothing to check against.
+    """
     return {
         "format": "psoft-export",
         "format_version": FORMAT_VERSION,
@@ -118,6 +110,8 @@ def manifest(
         "options": dict(options),
         "basis": dict(basis),
         "product": dict(product),
+        "files": dict(files),
+        "verification": verification,
         "modules": [asdict(module) | {"shape": list(module.shape)} for module in modules],
         "warnings": list(warnings),
     }

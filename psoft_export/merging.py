@@ -1,6 +1,7 @@
 """Merging an adapter into its base, from two references to a complete output folder."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,20 @@ from psoft_export.checkpoint.reader import (
     open_checkpoint,
     weight_files,
 )
-from psoft_export.checkpoint.source import resolve
+from psoft_export.checkpoint.source import Source, resolve
 from psoft_export.device import choose_device
-from psoft_export.errors import AdapterError, CheckpointError, OutputError, RecordMissingError
+from psoft_export.errors import (
+    AdapterError,
+    CheckpointError,
+    NotEquivalentError,
+    OutputError,
+    RecordMissingError,
+    UsageError,
+)
 from psoft_export.execution import Run
 from psoft_export.manifest import (
     FILENAME,
     LoraModule,
-    MergeReport,
     ModuleReport,
     manifest,
     source_record,
@@ -37,6 +44,28 @@ from psoft_export.manifest import (
 from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan, OutputOptions
 from psoft_export.planner import Planner
+from psoft_export.verification.figures import VerificationReport
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The outcome of a merge.
+
+    Attributes:
+        output: the folder written.
+        modules: what was done to each module, in the order of the output.
+        verification: how equivalent the output was found to be.
+        manifest: all that `psoft_export.json` says.
+    """
+
+    output: Path
+    modules: tuple[ModuleReport, ...]
+    verification: VerificationReport
+    manifest: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as one JSON-ready object."""
+        return {"output": str(self.output), **self.manifest}
 
 
 def merge(
@@ -52,6 +81,8 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     labels: Sequence[str] | None = None,
+    verify_outputs: bool = False,
+    text: str | Path | None = None,
     overwrite: bool = False,
     token: str | None = None,
     progress: ProgressCallback | None = None,
@@ -61,8 +92,9 @@ def merge(
 
     For every target module W + scaling · B (R − I) A, each entry the number nearest to the exact
     sum, with the basis (A, B) that the adapter's basis record gives; without a record, with the
-    one that PEFT would find on `svd_device`. Every other tensor is copied byte for byte. The
-    output folder appears only when it is complete.
+    one that PEFT would find on `svd_device`. Every other tensor is copied byte for byte. Every
+    merged weight is checked against a second evaluation, of other formulas, and every file is
+    read back. The output folder appears only when it is complete and equivalent.
 
     Args:
         base: folder or Hub id (`owner/name[@revision]`) of the base checkpoint.
@@ -78,6 +110,9 @@ def merge(
             keeps the dtype it is stored in.
         max_shard_size: largest weight file, as `"5GB"` or bytes; by default the base's own files.
         labels: names of the classes of a new classification head.
+        verify_outputs: also run the merged model beside base and adapter, not merged, and look at
+            what the rotations keep (see `verify`).
+        text: a UTF-8 text file to run then.
         overwrite: replace a non-empty output folder.
         token: a Hub token; by default the one that `hf auth login` stored.
         progress: called after every piece of the output.
@@ -88,12 +123,15 @@ def merge(
         What was done, module by module.
 
     Raises:
+        NotEquivalentError: the result is not what base and adapter mean.
         PsoftExportError: a subclass that says what is wrong; see `docs/exit-codes.md`.
 
     Example:
         >>> report = psoft_export.merge("base", "adapter", "merged", dtype="bf16")
         >>> max(module.relative_delta for module in report.modules)
     """
+    if text is not None and not verify_outputs:
+        raise UsageError("text: is for checking outputs; pass --verify with it")
     chosen = choose_device(device)
     trained_on = choose_device(svd_device) if svd_device is not None else None
     store = open_cache(cache_dir) if cache else None
@@ -114,6 +152,8 @@ def merge(
         device=chosen,
         svd_device=trained_on,
         cache=store,
+        with_outputs=verify_outputs,
+        text=Path(text) if text is not None else None,
         overwrite=overwrite,
         progress=progress,
     )
@@ -174,6 +214,8 @@ def execute_merge(
     device: torch.device,
     svd_device: torch.device | None = None,
     cache: BasisCache | None = None,
+    with_outputs: bool = False,
+    text: Path | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
 ) -> MergeReport:
@@ -187,7 +229,7 @@ def execute_merge(
         companions.write_companions(files, folder.path)
         companions.write_config(plan.base.folder, plan.layout.config_changes, folder.path)
         bases = BasisFinder(plan.adapter, device=device, svd_device=svd_device, cache=cache)
-        run = Run(plan, bases, device, progress)
+        run = Run(plan, bases, device, progress, with_geometry=with_outputs)
         run.write_weights(folder.path)
         if plan.is_indexed:
             companions.write_json(folder.path / (SAFETENSORS + INDEX), _weight_index(plan))
@@ -196,12 +238,39 @@ def execute_merge(
             "max_shard_size": plan.options.max_shard_size,
             "labels": plan.layout.config_changes.get("id2label"),
         }
+        weights, geometry, outputs = run.weights_level(), run.geometry_level(), None
+        if with_outputs:
+            from psoft_export.verification.outputs import check_outputs  # loads transformers
+
+            outputs = check_outputs(plan, folder.path, bases, device=device, text=text)
+        levels = {"weights": weights, "geometry": geometry, "outputs": outputs}
         content = describe_run(
-            plan, bases, product_dtype(device), run.sha256, hashes, options, run.modules
+            plan,
+            bases,
+            product_dtype(device),
+            run.sha256,
+            hashes,
+            options,
+            run.modules,
+            files=run.files,
+            verification={name: lv.summary() if lv else None for name, lv in levels.items()},
         )
+        report = VerificationReport(
+            base=content["base"],
+            adapter=content["adapter"],
+            merged=source_record(Source(folder.path, target.absolute().name), run.files),
+            method=plan.adapter.method,
+            basis=content["basis"],
+            weights=weights,
+            geometry=geometry,
+            outputs=outputs,
+            warnings=tuple(content["warnings"]),
+        )
+        if not report.equivalent:
+            raise NotEquivalentError(f"{target}: {report.problems[0]}; nothing was written")
         companions.write_json(folder.path / FILENAME, content)
         folder.commit()
-    return MergeReport(target, tuple(run.modules), content)
+    return MergeReport(target, tuple(run.modules), report, content)
 
 
 def check_apart(target: Path, plan: MergePlan) -> None:
@@ -248,6 +317,8 @@ def describe_run(
     options: Mapping[str, Any],
     modules: Sequence[ModuleReport | LoraModule],
     *,
+    files: Mapping[str, str],
+    verification: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The content of `psoft_export.json` for a run of a plan.
@@ -260,6 +331,8 @@ def describe_run(
         beside: as `companion_hashes` gives it.
         options: what was asked for.
         modules: what was done to each.
+        files: SHA-256 of each weight file written, by name.
+        verification: the summary of each level that was checked, by name.
         warnings: what the user should know of this run, beside what plan and bases say.
     """
     adapter = plan.adapter
@@ -273,6 +346,8 @@ def describe_run(
             "dtype": str(compute).removeprefix("torch."),
             "relative_error_bound": product_error_bound(adapter.basis_options.rank, compute),
         },
+        files=files,
+        verification=verification,
         modules=modules,
         warnings=(*plan.warnings, *bases.warnings, *warnings),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
@@ -28,6 +29,13 @@ def edit_tensors(
 ) -> None:
     """Rewrite a safetensors file."""
     save_file(dict(change(load_file(path))), path, {"format": "pt"})
+
+
+def edit_keeping_metadata(path: Path, **tensors: torch.Tensor) -> None:
+    """Replace tensors of a safetensors file, whose metadata stays."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path) | tensors, path, metadata)
 
 
 def truncate(path: Path) -> None:

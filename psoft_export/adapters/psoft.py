@@ -59,6 +59,19 @@ class Adapter:
     record: BasisRecord | None = None
 
     @property
+    def method(self) -> str:
+        """The method in one line: strict or relaxed, Cayley transform or series, or free."""
+        parameters = next(iter(self.rotations.values()))
+        vectors = [n for n in ("vector_a", "vector_b") if getattr(parameters, n) is not None]
+        relaxed = " and ".join(vectors)
+        if not parameters.orthogonal:
+            return "PSOFT with a free R" + (f", {relaxed}" if vectors else "")
+        series = parameters.series
+        transform = f"Cayley–Neumann series, {series.terms} terms" if series else "Cayley transform"
+        form = f"PSOFT-RO (relaxed: {relaxed})" if vectors else "PSOFT-SO (strict)"
+        return f"{form}, {transform}"
+
+    @property
     def parameter_count(self) -> int:
         """Number of trained numbers in the rotations (saved modules not counted)."""
         return sum(

@@ -139,15 +139,15 @@ class FileReader:
     def __exit__(self, *_: object) -> None:
         self._handle.close()
 
-    def chunks(self, entry: TensorEntry) -> Iterator[Tensor]:
-        """A tensor's bytes in order, as uint8 tensors of a bounded size (a multiple of 8).
+    def chunks(self, entry: TensorEntry, size: int = CHUNK_BYTES) -> Iterator[Tensor]:
+        """A tensor's bytes in order, as uint8 tensors of `size` bytes (a multiple of 8).
 
         Raises:
             CheckpointError: the file ends before the tensor does, or cannot be read.
         """
         pickled = None if self._file.tensors is None else raw(self._file.tensors[entry.name])
-        for start in range(0, entry.nbytes, CHUNK_BYTES):
-            nbytes = min(CHUNK_BYTES, entry.nbytes - start)
+        for start in range(0, entry.nbytes, size):
+            nbytes = min(size, entry.nbytes - start)
             if pickled is not None:
                 yield pickled[start : start + nbytes]
             else:

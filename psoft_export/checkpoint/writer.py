@@ -1,5 +1,6 @@
 """Writing one safetensors file as a stream: the header first, then each tensor's bytes in order."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -60,15 +61,20 @@ class ShardWriter:
     """Writes one file; the tensors must come in the order of `specs`, each in full."""
 
     def __init__(
-        self, path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        specs: Iterable[TensorSpec],
+        metadata: Mapping[str, str],
+        digest: "hashlib._Hash | None" = None,
     ) -> None:
-        """Create the file and write its header."""
+        """Create the file and write its header; `digest` is fed every byte on the way."""
         self._specs = list(specs)
         start = header(self._specs, metadata)
         self.path = path
         self._header_bytes = len(start)
         self._expected = len(start) + sum(spec.nbytes for spec in self._specs)
         self._written = 0
+        self._digest = digest
         self._handle = path.open("xb", buffering=0)
         self._write(memoryview(start))
 
@@ -106,5 +112,7 @@ class ShardWriter:
     def _write(self, data: memoryview) -> None:
         while data:
             count = self._handle.write(data[:_WRITE_BYTES])
+            if self._digest is not None:
+                self._digest.update(data[:count])
             self._written += count
             data = data[count:]

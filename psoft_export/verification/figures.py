@@ -1,5 +1,6 @@
 """What a verification found, as data. Reports, pages and exit codes are made from it alone."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -242,5 +243,13 @@ class VerificationReport:
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as one JSON-ready object."""
-        return {"equivalent": self.equivalent, **asdict(self)}
+        """The report as one JSON-ready object; None stands for what is not finite."""
+        return {"equivalent": self.equivalent, **_finite(asdict(self))}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

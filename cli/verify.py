@@ -1,0 +1,84 @@
+"""`psoft-export verify`: whether a merged checkpoint is what base and adapter mean."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from psoft_export.cli.options import (
+    AdapterOption,
+    BaseOption,
+    CacheDirOption,
+    DeviceOption,
+    JsonOption,
+    NoCacheOption,
+    QuietOption,
+    RequireRecordOption,
+    SvdDeviceOption,
+    TextOption,
+    TokenOption,
+)
+from psoft_export.cli.output import Output, print_verdict
+from psoft_export.errors import NotEquivalentError
+from psoft_export.planner import start_planner
+
+EXAMPLES = """
+[bold]Examples[/]
+
+  psoft-export verify --base ./base --adapter ./adapter --merged ./merged
+
+  psoft-export verify --base ./base --adapter ./adapter --merged ./merged --level weights --json
+
+  psoft-export verify --base ./base --adapter ./adapter --merged ./merged --text task.txt
+"""
+
+
+def verify_command(
+    base: BaseOption,
+    adapter: AdapterOption,
+    merged: Annotated[
+        str, typer.Option("--merged", help="Checkpoint to verify: a folder or a Hub id.")
+    ],
+    level: Annotated[
+        Literal["weights", "outputs", "all"],
+        typer.Option("--level", help="What to compare: every tensor, what the models say, both."),
+    ] = "all",
+    text: TextOption = None,
+    device: DeviceOption = "auto",
+    svd_device: SvdDeviceOption = None,
+    require_record: RequireRecordOption = False,
+    cache_dir: CacheDirOption = None,
+    no_cache: NoCacheOption = False,
+    token: TokenOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify that a merged checkpoint is what its base and adapter mean.
+
+    Exit code 0 when it is, 14 when it is not.
+    """
+    out = Output(quiet=quiet, as_json=as_json)  # before the Hub library reads its settings
+    planner = start_planner() if level == "weights" else None  # the others run models here
+    from psoft_export import verify
+
+    with out.merge_progress("verifying") as progress:
+        report = verify(
+            base,
+            adapter,
+            merged,
+            level=level,
+            text=text,
+            device=device,
+            svd_device=svd_device,
+            require_record=require_record,
+            cache=not no_cache,
+            cache_dir=cache_dir,
+            token=token,
+            progress=progress,
+            planner=planner,
+        )
+    for warning in report.warnings:
+        out.warn(warning)
+    out.result(report.to_dict(), lambda console: print_verdict(console, report))
+    if not report.equivalent:
+        more = f" (and {len(report.problems) - 1} more)" if report.problems[1:] else ""
+        raise NotEquivalentError(f"{merged}: not equivalent: {report.problems[0]}{more}")

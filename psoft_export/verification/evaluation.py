@@ -1,0 +1,221 @@
+"""The merged weight evaluated a second time, in float64, and how far a given one is from it.
+
+Written out again on purpose: nothing of `algebra` is used, the rotation is computed by other
+formulas and the products are taken in another order, so that a mistake there shows here.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psoft_export.algebra.rotation import RotationParameters
+
+_TILE_BYTES = 2**20  # float64 bytes of a tile: with its temporaries, in a core's caches
+_DEVICE_TILE_BYTES = 64 * 2**20
+DOUBLE = 2.0**-53  # unit roundoff of float64
+_EXPONENT_MASK = 0x7FF0000000000000
+
+
+@dataclass(frozen=True)
+class Change:
+    """ΔW = `left` @ `right`, float64, and what rounding may do to it.
+
+    Attributes:
+        left: scaling · B (out × r).
+        right: (R − I) A (r × in).
+        reach_left: a bound for each row (out), and
+        reach_right: one for each column (in), whose products bound the sums of |terms| that the
+            entries of ΔW are made of.
+    """
+
+    left: Tensor
+    right: Tensor
+    reach_left: Tensor
+    reach_right: Tensor
+
+
+def reference_rotation(parameters: RotationParameters) -> Tensor:
+    """R (r × r, float64, CPU) from an adapter's stored parameters.
+
+    Cayley(Q) as 2 (I − Q)⁻¹ − I; the Cayley–Neumann series by Horner's scheme on its
+    coefficients 1, 2, …, 2, 1.
+    """
+    rank = parameters.rank
+    stored = parameters.weight.to("cpu", torch.float64)
+    identity = torch.eye(rank, dtype=torch.float64)
+    if not parameters.orthogonal:
+        turn = stored.clone()
+    else:
+        above = torch.ones(rank, rank, dtype=torch.bool).triu(1)
+        generator = torch.zeros(rank, rank, dtype=torch.float64)
+        generator[above] = stored  # row by row, as triu_indices goes
+        generator = generator.sub(generator.mT)
+        if parameters.series is None:
+            turn = 2 * torch.linalg.inv(identity - generator) - identity
+        else:
+            turn = _series(generator, parameters.series.terms, parameters.series.max_norm)
+    for vector, shape in ((parameters.vector_b, (rank, 1)), (parameters.vector_a, (1, rank))):
+        if vector is not None:
+            turn = turn * vector.to("cpu", torch.float64).reshape(shape)
+    return turn
+
+
+def _series(generator: Tensor, terms: int, max_norm: float | None) -> Tensor:
+    if max_norm is not None and (norm := float(generator.square().sum().sqrt())) > max_norm:
+        generator = generator * (max_norm / (norm + 1e-12))  # 1e-12: PEFT's own
+    if terms <= 1:
+        coefficients = [1.0]
+    elif terms == 2:
+        coefficients = [1.0, 2.0]
+    else:
+        coefficients = [1.0, *[2.0] * (max(terms, 4) - 2), 1.0]
+    identity = torch.eye(generator.shape[0], dtype=torch.float64)
+    total = coefficients[-1] * identity
+    for coefficient in reversed(coefficients[:-1]):
+        total = coefficient * identity + generator @ total
+    return total
+
+
+def change(a: Tensor, b: Tensor, turn: Tensor, scaling: float) -> Change:
+    """ΔW = scaling · (B (R A) − B A).
+
+    Args:
+        a: A, r × in. b: B, out × r. Any floating dtype, same device.
+        turn: R, r × r, float64.
+        scaling: alpha / r.
+    """
+    down, up = a.to(torch.float64), b.to(torch.float64)
+    turn = turn.to(down.device)
+    left = scaling * up
+    right = turn @ down - down
+    terms = turn.abs() @ down.abs() + down.abs()
+    return Change(
+        left, right, torch.linalg.vector_norm(left, dim=1), torch.linalg.vector_norm(terms, dim=0)
+    )
+
+
+class Deviation:
+    """How far a weight is from W + ΔW, summed up over row blocks.
+
+    Attributes:
+        largest_ulp: largest distance of an entry, in units of the last place; infinite where an
+            entry is NaN or infinite.
+        not_nearest: number of entries farther than half a unit and than what float64 can tell.
+    """
+
+    def __init__(self, of: Change | None, product_unit: float = DOUBLE) -> None:
+        """Start with nothing.
+
+        Args:
+            of: ΔW; None for a weight that is only rounded to another dtype.
+            product_unit: unit roundoff of the arithmetic that formed ΔW in the weight at hand.
+        """
+        self.largest_ulp = 0.0
+        self.not_nearest = 0
+        self._change = of
+        terms = 0 if of is None else of.left.shape[1]
+        # Both evaluations err: γ_n of a dot product (Higham, Accuracy and Stability of Numerical
+        # Algorithms, section 3.1), with a few roundings for the factors and the sum.
+        self._slack = (terms + 4) * (DOUBLE + product_unit)
+        self._rows = 0
+        self._error = self._exact = self._delta = self._weight = self._along = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """‖given − (W + ΔW)‖ / ‖W + ΔW‖, Frobenius."""
+        return math.sqrt(self._error / self._exact) if self._exact else math.sqrt(self._error)
+
+    @property
+    def relative_delta(self) -> float:
+        """‖ΔW‖ / ‖W‖, Frobenius."""
+        return math.sqrt(self._delta / self._weight) if self._weight else 0.0
+
+    @property
+    def applied(self) -> float | None:
+        """⟨given − W, ΔW⟩ / ‖ΔW‖²; None where ΔW is zero."""
+        return self._along / self._delta if self._delta else None
+
+    def add(self, weight: Tensor, given: Tensor) -> None:
+        """Account for the next rows.
+
+        Args:
+            weight: the rows of W (n × in), any floating dtype.
+            given: the same rows as they were written, in their dtype; same device.
+        """
+        for start, exact, delta in self._tiles(weight):
+            rows = slice(start, start + len(exact))
+            written = given[rows].to(torch.float64)
+            error = torch.sub(written, exact)
+            if delta is not None:
+                squared = _dot(delta, delta)
+                self._delta += squared
+                self._along += squared + _dot(error, delta)
+            self._exact += _dot(exact, exact)
+            self._error += _dot(error, error)
+            if not math.isfinite(self._error):
+                error = torch.where(written == exact, 0.0, error)  # both the same infinity
+            ulps = error.abs_().div_(unit_in_last_place(exact, given.dtype)).nan_to_num_(math.inf)
+            self.largest_ulp = max(self.largest_ulp, float(ulps.max()) if ulps.numel() else 0.0)
+            if self.largest_ulp > 0.5:
+                self.not_nearest += self._count_beyond(weight[rows], ulps, exact, given.dtype)
+            self._rows += len(exact)
+
+    def _tiles(self, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Start row, W + ΔW and ΔW of tiles that fit a cache; counts ‖W‖ on the way."""
+        size = _TILE_BYTES if weight.device.type == "cpu" else _DEVICE_TILE_BYTES
+        step = max(1, size // (8 * max(weight.shape[1], 1)))
+        for start in range(0, weight.shape[0], step):
+            exact = weight[start : start + step].to(torch.float64)
+            self._weight += _dot(exact, exact)
+            delta = None
+            if self._change is not None:
+                left = self._change.left[self._rows : self._rows + len(exact)]
+                delta = left @ self._change.right
+                exact = exact + delta
+            yield start, exact, delta
+
+    def _count_beyond(self, weight: Tensor, ulps: Tensor, exact: Tensor, dtype: torch.dtype) -> int:
+        """Entries of one tile that are not the nearest number, beyond doubt."""
+        row, column = (ulps > 0.5).nonzero(as_tuple=True)
+        doubt = weight[row, column].to(torch.float64).abs()
+        if self._change is not None:
+            reach = self._change.reach_left[self._rows + row] * self._change.reach_right[column]
+            doubt = doubt + reach
+        allowed = 0.5 + self._slack * doubt / unit_in_last_place(exact[row, column], dtype)
+        return int((ulps[row, column] > allowed).sum())
+
+
+def measure(
+    weight: Tensor, written: Iterable[Tensor], of: Change, product_unit: float = DOUBLE
+) -> Deviation:
+    """How far a merged weight is from W + ΔW.
+
+    Args:
+        weight: W (out × in), any floating dtype, on the device of `of`.
+        written: the merged weight in consecutive row blocks, in its dtype, on any device.
+        of: ΔW.
+        product_unit: as of `Deviation`.
+    """
+    deviation, done = Deviation(of, product_unit), 0
+    for block in written:
+        deviation.add(weight[done : done + len(block)], block.to(weight.device))
+        done += len(block)
+    return deviation
+
+
+def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of `dtype` numbers at each entry of a float64 tensor, float64.
+
+    The power of two that is the entry's exponent alone, times the dtype's epsilon; below the
+    smallest normal number the constant spacing of the subnormals.
+    """
+    limits = torch.finfo(dtype)
+    powers = values.view(torch.int64).bitwise_and(_EXPONENT_MASK).view(torch.float64)
+    return powers.clamp_(limits.tiny, limits.max).mul_(limits.eps)
+
+
+def _dot(first: Tensor, second: Tensor) -> float:
+    return float(torch.dot(first.reshape(-1), second.reshape(-1)))

@@ -1,0 +1,205 @@
+"""Verifying a merged checkpoint, from three references to one verdict."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from psoft_export.adapters import psoft
+from psoft_export.bases import BasisFinder
+from psoft_export.cache import open_cache
+from psoft_export.checkpoint import companions
+from psoft_export.checkpoint.reader import open_checkpoint
+from psoft_export.checkpoint.source import resolve
+from psoft_export.device import choose_device
+from psoft_export.errors import CheckpointError, UsageError
+from psoft_export.manifest import FILENAME, source_record
+from psoft_export.merging import base_files, plan_merge
+from psoft_export.pipeline import ProgressCallback
+from psoft_export.plan import MergePlan
+from psoft_export.planner import Planner
+from psoft_export.verification.evaluation import DOUBLE
+from psoft_export.verification.figures import VerificationReport
+from psoft_export.verification.weights import check_weights
+
+Level = Literal["weights", "outputs", "all"]
+
+
+def verify(
+    base: str | Path,
+    adapter: str | Path,
+    merged: str | Path,
+    *,
+    level: Level = "all",
+    text: str | Path | None = None,
+    device: str = "auto",
+    svd_device: str | None = None,
+    require_record: bool = False,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    progress: ProgressCallback | None = None,
+    planner: Planner | None = None,
+) -> VerificationReport:
+    """Whether a checkpoint is what base and adapter mean, and by how much it is not.
+
+    `weights` compares every tensor with an evaluation in float64 that shares no formula with the
+    merge, and looks at what the rotations keep. `outputs` runs base and adapter, not merged,
+    beside the merged model. Nothing is written.
+
+    Args:
+        base: folder or Hub id of the base.
+        adapter: folder or Hub id of the adapter.
+        merged: folder or Hub id of the checkpoint to verify.
+        level: `weights`, `outputs`, or `all` for both.
+        text: a UTF-8 text file to run at the outputs level; by default tokens (or pixels) drawn
+            at random.
+        device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
+        svd_device: as for `merge`.
+        require_record: refuse an adapter without a basis record.
+        cache: keep bases on disk, and take them from there.
+        cache_dir: folder of that cache.
+        token: a Hub token.
+        progress: called after each tensor.
+        planner: as for `merge`.
+
+    Returns:
+        The verdict (`report.equivalent`), with figures by module and the problems in words. An
+        unfit checkpoint is a verdict, not an error.
+
+    Raises:
+        UsageError: an option cannot be used.
+        MismatchError: adapter and base do not fit each other, or the base is not the one that
+            the adapter's basis was recorded with.
+        CheckpointError: a file of `merged` or of the base cannot be read.
+        PsoftExportError: as `merge`.
+
+    Example:
+        >>> report = psoft_export.verify("base", "adapter", "merged", level="weights")
+        >>> report.equivalent, report.problems
+    """
+    if level not in get_args(Level):
+        raise UsageError(f"level '{level}' is not one of {', '.join(get_args(Level))}")
+    if text is not None and level == "weights":
+        raise UsageError("text: is for the outputs level; pass --level outputs or all")
+    on = choose_device(device)
+    trained_on = choose_device(svd_device) if svd_device is not None else None
+    store = open_cache(cache_dir) if cache else None
+    plan = plan_merge(base, adapter, require_record=require_record, token=token, planner=planner)
+    source = resolve(merged, companions.CONFIG, base_files, token=token)
+    checkpoint = open_checkpoint(source.folder)
+    bases = BasisFinder(plan.adapter, device=on, svd_device=trained_on, cache=store)
+    origin = _read_manifest(source.folder)
+    weights = geometry = outputs = None
+    hashes: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})
+    if level != "outputs":
+        checked = check_weights(
+            plan,
+            checkpoint,
+            bases,
+            device=on,
+            product_unit=_product_unit(origin),
+            progress=progress,
+        )
+        hashes = checked.base_sha256, checked.merged_sha256
+        problems = (
+            *_config_problems(plan, source.folder),
+            *_origin_problems(origin, plan, *hashes),
+            *checked.weights.problems,
+        )
+        weights, geometry = replace(checked.weights, problems=problems), checked.geometry
+    if level != "weights":
+        from psoft_export.verification.outputs import check_outputs  # loads transformers
+
+        path = Path(text) if text is not None else None
+        outputs = check_outputs(plan, source.folder, bases, device=on, text=path)
+    return VerificationReport(
+        base=source_record(plan.base, hashes[0]),
+        adapter=source_record(plan.adapter.source, plan.adapter.sha256),
+        merged=source_record(source, hashes[1]),
+        method=plan.adapter.method,
+        basis=bases.describe(),
+        weights=weights,
+        geometry=geometry,
+        outputs=outputs,
+        warnings=(*plan.warnings, *bases.warnings),
+    )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """`psoft_export.json` of a merged folder; None where another program made it.
+
+    Raises:
+        CheckpointError: it is there and is not such a file.
+    """
+    path = folder / FILENAME
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        hashes = [content[side]["sha256"] for side in ("base", "adapter")]
+        if all(
+            isinstance(side, dict)
+            for side in (content["product"], content.get("files", {}), *hashes)
+        ):
+            return dict(content)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise CheckpointError(f"{path}: not a file that psoft-export wrote; remove it to do without")
+
+
+def _product_unit(origin: Mapping[str, Any] | None) -> float:
+    """Unit roundoff of the arithmetic that the merge says it formed ΔW in."""
+    single = origin is not None and origin["product"].get("dtype") == "float32"
+    return torch.finfo(torch.float32).eps / 2 if single else DOUBLE
+
+
+def _config_problems(plan: MergePlan, folder: Path) -> list[str]:
+    """Fields of `config.json` that the adapter's own tensors (a new head) make necessary."""
+    path = folder / companions.CONFIG
+    try:
+        config = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as cause:
+        raise CheckpointError(f"{path}: not readable JSON") from cause
+    changes = plan.layout.config_changes
+    found = [
+        f"config.json: {field} is {config.get(field)!r}; {changes[field]!r} is needed"
+        for field in ("architectures", "vocab_size")
+        if field in changes and config.get(field) != changes[field]
+    ]
+    labels = len(changes.get("id2label", ()))
+    if labels and len(config.get("id2label") or ()) != labels:
+        found.append(f"config.json: id2label does not name the head's {labels} classes")
+    return found
+
+
+def _origin_problems(
+    origin: Mapping[str, Any] | None,
+    plan: MergePlan,
+    base_sha256: Mapping[str, str],
+    merged_sha256: Mapping[str, str],
+) -> list[str]:
+    """Where `psoft_export.json` speaks of other files than these."""
+    if origin is None:
+        return []
+    adapter = plan.adapter
+    ours = {name: adapter.sha256[name] for name in (psoft.CONFIG, adapter.weights_file)}
+    found = []
+    for side, hashes in (("base", base_sha256), ("adapter", ours)):
+        stated = origin[side]["sha256"]
+        differing = [name for name in hashes if stated.get(name) != hashes[name]]
+        if differing:
+            found.append(
+                f"{FILENAME}: the merge was made from another {side} (it differs in "
+                f"{', '.join(differing[:3])})"
+            )
+    written = origin.get("files", {})
+    found += [
+        f"{FILENAME}: {name} has been changed since it was merged"
+        for name, sha256 in merged_sha256.items()
+        if written.get(name, sha256) != sha256
+    ]
+    return found
