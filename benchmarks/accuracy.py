@@ -1,4 +1,4 @@
-"""How far merged weights are from W + scaling · B (R − I) A, evaluated here in float64.
+"""How far merged weights and LoRA adapters are from W + scaling · B (R − I) A, in float64 here.
 
 Independent of psoft-export: A and B from PEFT's SVD call, everything else written out again.
 """
@@ -21,6 +21,7 @@ from benchmarks.report import Accuracy
 _NEAREST = 0.5 + 1e-6  # ulp; the allowance is for this evaluation's own rounding
 _BASE_PREFIX = "base_model.model."
 _SUFFIX = ".psoft_R.weight"
+_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass
@@ -52,12 +53,37 @@ class _Sums:
         )
 
 
-def measure(base: Path, adapter: Path, outputs: list[Path]) -> list[Accuracy]:
-    """Accuracy of each output over the target modules of the first and the last layer."""
-    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    parameters = load_file(adapter / "adapter_model.safetensors")
+@dataclass
+class _LoraSums:
+    """Of one LoRA adapter: its files, and squared norms."""
+
+    folder: Path
+    error: float = 0.0
+    delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        config = json.loads((self.folder / _ADAPTER_CONFIG).read_text("utf-8"))
+        self._scaling = config["lora_alpha"] / config["r"]
+        self._tensors = load_file(self.folder / _ADAPTER)
+
+    def add(self, module: str, delta: Tensor) -> None:
+        down, up = (self._tensors[f"{module}.lora_{side}.weight"].double() for side in "AB")
+        self.error += float((self._scaling * up @ down - delta).square().sum())
+        self.delta += float(delta.square().sum())
+
+
+def measure(
+    base: Path, adapter: Path, outputs: list[Path], loras: list[Path]
+) -> tuple[list[Accuracy], list[float]]:
+    """Accuracy over the target modules of the first and the last layer.
+
+    Returns:
+        Of each merged checkpoint in `outputs`; and ‖error‖ / ‖ΔW‖ of each adapter in `loras`.
+    """
+    config = json.loads((adapter / _ADAPTER_CONFIG).read_text("utf-8"))
+    parameters = load_file(adapter / _ADAPTER)
     scaling = config["psoft_alpha"] / config["r"]
-    sums = [_Sums() for _ in outputs]
+    sums, lora_sums = [_Sums() for _ in outputs], [_LoraSums(folder) for folder in loras]
     with ExitStack() as stack:
         source, *merged = (
             stack.enter_context(safe_open(folder / "model.safetensors", "pt"))
@@ -69,7 +95,10 @@ def measure(base: Path, adapter: Path, outputs: list[Path]) -> list[Accuracy]:
             delta = _delta(weight, parameters, module, config["r"], scaling)
             for file, total in zip(merged, sums, strict=True):
                 total.add(file.get_tensor(name), weight.double(), delta)
-    return [total.result() for total in sums]
+            for lora in lora_sums:
+                lora.add(module, delta)
+    errors = [math.sqrt(lora.error / lora.delta) for lora in lora_sums]
+    return [total.result() for total in sums], errors
 
 
 def _sample(parameters: dict[str, Tensor]) -> Iterator[str]:
@@ -107,9 +136,15 @@ def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def main() -> None:
-    """`python -m benchmarks.accuracy BASE ADAPTER OUTPUT...`; prints a JSON list."""
-    base, adapter, *outputs = map(Path, sys.argv[1:])
-    print(json.dumps([asdict(accuracy) for accuracy in measure(base, adapter, outputs)]))
+    """`python -m benchmarks.accuracy BASE ADAPTER FOLDER...`; prints a JSON object.
+
+    Folders are merged checkpoints and LoRA adapters, in any order.
+    """
+    base, adapter, *folders = map(Path, sys.argv[1:])
+    loras = [folder for folder in folders if (folder / _ADAPTER).exists()]
+    outputs = [folder for folder in folders if folder not in loras]
+    merged, errors = measure(base, adapter, outputs, loras)
+    print(json.dumps({"merged": [asdict(accuracy) for accuracy in merged], "lora": errors}))
 
 
 if __name__ == "__main__":

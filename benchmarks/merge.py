@@ -1,4 +1,4 @@
-"""Whole merges by PEFT and by psoft-export, side by side: `python -m benchmarks.merge --help`.
+"""Merges and conversions to LoRA by PEFT and psoft-export: `python -m benchmarks.merge --help`.
 
 Imports no torch: `run_measured` says why.
 """
@@ -19,9 +19,15 @@ from benchmarks.report import (
     COLD,
     COPY,
     FULL,
+    LORA_FULL,
+    LORA_SIGNS,
+    LORA_WARM,
+    LORAS,
     MERGES,
     PEFT,
+    PEFT_LORA,
     SIGNS,
+    VERIFY,
     WARM,
     Accuracy,
     Result,
@@ -33,19 +39,21 @@ from benchmarks.shapes import SHAPES
 
 @dataclass(frozen=True)
 class _Program:
-    """One way to make an output: its command, and what makes ready for it, not measured."""
+    """One command, its output if it has one, and what makes ready for it, not measured."""
 
     name: str
     command: list[str | Path]
-    output: Path
+    output: Path | None
     prepare: list[list[str | Path]]
 
 
-def _programs(scratch: Path, base: Path, adapter: Path) -> list[_Program]:
+def _programs(scratch: Path, base: Path, adapter: Path, rank: int) -> list[_Program]:
     """What is measured, in the order in which it runs: later runs use what earlier ones left."""
 
-    def record(kind: str) -> list[list[str | Path]]:
-        recorded = scratch / kind
+    signs, full = scratch / "signs", scratch / "full"
+
+    def record(recorded: Path) -> list[list[str | Path]]:
+        kind = recorded.name
         options = ("--kind", kind, "--device", "cpu", "--overwrite")
         command = _psoft_export("record", "--base", base, "--adapter", recorded, *options)
         return [["cp", "-rT", adapter, recorded], command]
@@ -59,24 +67,42 @@ def _programs(scratch: Path, base: Path, adapter: Path) -> list[_Program]:
     prepare: dict[str, list[list[str | Path]]] = {
         COLD: [_psoft_export("cache", "clear")],
         WARM: [],
-        SIGNS: record("signs"),
-        FULL: record("full"),
+        SIGNS: record(signs),
+        FULL: record(full),
     }
-    copy, peft = scratch / "copy", scratch / "peft"
+
+    def lora(name: str, source: Path, *options: str) -> _Program:
+        output = scratch / f"lora-{LORAS.index(name)}"
+        inputs = ("--base", base, "--adapter", source, "--output", output)
+        command = _psoft_export("lora", *inputs, "--device", "cpu", *options)
+        return _Program(name, command, output, [])
+
+    copy, peft, peft_lora = scratch / "copy", scratch / "peft", scratch / "peft-lora"
+    convert = _python("peft_lora", base, adapter, str(rank), peft_lora)
+    merged = scratch / f"ours-{MERGES.index(FULL)}"
+    inputs = ("--base", base, "--adapter", full, "--merged", merged, "--no-cache")
+    verify = _psoft_export("verify", *inputs, "--level", "weights", "--device", "cpu")
     return [
         _Program(COPY, ["cp", "-r", base, copy], copy, []),
         _Program(PEFT, _python("peft_merge", base, adapter, peft), peft, []),
         merge(COLD, adapter),
         merge(WARM, adapter),
-        merge(SIGNS, scratch / "signs", "--no-cache"),
-        merge(FULL, scratch / "full", "--no-cache"),
+        merge(SIGNS, signs, "--no-cache"),
+        merge(FULL, full, "--no-cache"),
+        _Program(VERIFY, verify, None, []),
+        _Program(
+            PEFT_LORA, _python("peft_lora", base, adapter, str(rank), peft_lora), peft_lora, []
+        ),
+        lora(LORA_WARM, adapter),
+        lora(LORA_SIGNS, signs, "--no-cache"),
+        lora(LORA_FULL, full, "--no-cache"),
     ]
 
 
 def measure(size: str, rank: int, repeat: int, threads: int, scratch: Path) -> Result:
     """Make a checkpoint of `size`, merge it in each way in turn, and clean up."""
     base, adapter, log = scratch / "base", scratch / "adapter", scratch / "log.txt"
-    programs = _programs(scratch, base, adapter)
+    programs = _programs(scratch, base, adapter, rank)
     count = str(threads)
     environment = os.environ | {
         "OMP_NUM_THREADS": count,
@@ -88,7 +114,8 @@ def measure(size: str, rank: int, repeat: int, threads: int, scratch: Path) -> R
     runs: dict[str, list[Usage]] = {program.name: [] for program in programs}
     for _ in range(repeat):
         for program in programs:
-            shutil.rmtree(program.output, ignore_errors=True)
+            if program.output is not None:
+                shutil.rmtree(program.output, ignore_errors=True)
             for command in program.prepare:
                 run_measured(command, environment, log)
             _settle(base)
@@ -96,14 +123,17 @@ def measure(size: str, rank: int, repeat: int, threads: int, scratch: Path) -> R
             runs[program.name].append(run_measured(program.command, environment, log))
             _say(f"{size}: {program.name} took {runs[program.name][-1].seconds:.1f} s")
     _say(f"{size}: accuracy")
-    merges = [program for program in programs if program.name != COPY]
+    outputs = {p.name: p.output for p in programs if p.output is not None and p.name != COPY}
     printed = subprocess.run(
-        _python("accuracy", base, adapter, *(program.output for program in merges)),
+        _python("accuracy", base, adapter, *outputs.values()),
         env=environment,
         stdout=subprocess.PIPE,
         check=True,
     ).stdout
-    accuracy = [Accuracy(**fields) for fields in json.loads(printed)]
+    found = json.loads(printed)
+    loras = [name for name in outputs if name in (PEFT_LORA, *LORAS)]
+    merges = [name for name in outputs if name not in loras]
+    accuracy = [Accuracy(**fields) for fields in found["merged"]]
     for path in scratch.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return Result(
@@ -111,7 +141,8 @@ def measure(size: str, rank: int, repeat: int, threads: int, scratch: Path) -> R
         SHAPES[size].parameters,
         rank,
         {name: _median(usages) for name, usages in runs.items()},
-        {program.name: figures for program, figures in zip(merges, accuracy, strict=True)},
+        dict(zip(merges, accuracy, strict=True)),
+        dict(zip(loras, found["lora"], strict=True)),
     )
 
 

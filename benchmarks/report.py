@@ -10,10 +10,17 @@ COLD = "psoft-export"
 SIGNS, FULL = "psoft-export, signs record", "psoft-export, full record"
 WARM = "psoft-export, warm cache"
 MERGES = (COLD, WARM, SIGNS, FULL)
+VERIFY = "psoft-export verify --level weights, full record"
+PEFT_LORA = "PEFT, save_as_lora"
+LORA_WARM, LORA_SIGNS, LORA_FULL = (
+    f"psoft-export lora, {basis}" for basis in ("warm cache", "signs record", "full record")
+)
+LORAS = (LORA_WARM, LORA_SIGNS, LORA_FULL)
 _PEAK_SIZE, _PEAK_RATIO = "1b", 0.25
 _PEAK_SPREAD = 0.10
 _TIMES_AS_FAST = {SIGNS: 6, WARM: 40, FULL: 40}
 _OF_THE_COPY = 3
+_LORA_TIMES, _LORA_ACCURACY = 20, 10
 _MB = 1e6
 
 
@@ -33,13 +40,17 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Result:
-    """One size: usage of each program by its name, accuracy of each merge."""
+    """One size: usage of each program by its name, accuracy of each merge.
+
+    `lora_error` is ‖error‖ / ‖ΔW‖ of each LoRA adapter.
+    """
 
     size: str
     parameters: int
     rank: int
     usage: dict[str, Usage]
     accuracy: dict[str, Accuracy]
+    lora_error: dict[str, float]
 
     def ratio(self, field: str, name: str = COLD, other: str = PEFT) -> float:
         """One program's figure over another's."""
@@ -60,6 +71,12 @@ def tables(result: Result) -> Iterator[str]:
     for name in MERGES:
         cells = " | ".join(f"**{result.ratio(field, name):.3f}**" for field in asdict(usage))
         yield f"| **{name} / PEFT** | {cells} |"
+    for name in LORAS:
+        ratios = (result.ratio(field, name, PEFT_LORA) for field in asdict(usage))
+        cells = " | ".join(f"**{ratio:.3f}**" for ratio in ratios)
+        yield f"| **{name} / {PEFT_LORA}** | {cells} |"
+    cells = " | ".join(f"**{result.ratio(field, VERIFY, FULL):.3f}**" for field in asdict(usage))
+    yield f"| **{VERIFY} / the merge** | {cells} |"
     yield ""
     yield "| | largest error | RMS error | not the nearest number | ‖error‖ / ‖ΔW‖ |"
     yield "| --- | --: | --: | --: | --: |"
@@ -68,6 +85,8 @@ def tables(result: Result) -> Iterator[str]:
             f"| `{name}` | {figures.largest_ulp:.4g} ulp | {figures.rms_ulp:.4f} ulp "
             f"| {figures.not_nearest:.3%} | {figures.relative:.2e} |"
         )
+    for name, error in result.lora_error.items():
+        yield f"| `{name}` | | | | {error:.2e} |"
     yield ""
 
 
@@ -107,6 +126,19 @@ def claims(results: list[Result]) -> Iterator[str]:
             f"RMS {exact.rms_ulp:.4f} against {twice.rms_ulp:.4f} ulp, "
             f"largest {exact.largest_ulp:.4g} against {twice.largest_ulp:.4g} ulp",
         )
+        for name in LORAS:
+            times = result.ratio("seconds", PEFT_LORA, name)
+            yield claim(
+                f"{result.size}: {name}: at least {_LORA_TIMES} times as fast as PEFT",
+                times >= _LORA_TIMES,
+                f"{result.usage[name].seconds:.1f} s, {times:.1f}",
+            )
+            error, other = result.lora_error[name], result.lora_error[PEFT_LORA]
+            yield claim(
+                f"{result.size}: {name}: an error {_LORA_ACCURACY} times smaller than PEFT's",
+                error * _LORA_ACCURACY <= other,
+                f"{error:.1e} against {other:.1e} of ‖ΔW‖",
+            )
     if len(results) > 1:
         peaks = {result.size: result.usage[COLD].peak_bytes for result in results}
         spread = max(peaks.values()) / min(peaks.values()) - 1
