@@ -90,9 +90,7 @@ def _programs(scratch: Path, base: Path, adapter: Path, rank: int) -> list[_Prog
         merge(SIGNS, signs, "--no-cache"),
         merge(FULL, full, "--no-cache"),
         _Program(VERIFY, verify, None, []),
-        _Program(
-            PEFT_LORA, _python("peft_lora", base, adapter, str(rank), peft_lora), peft_lora, []
-        ),
+        _Program(PEFT_LORA, convert, peft_lora, []),
         lora(LORA_WARM, adapter),
         lora(LORA_SIGNS, signs, "--no-cache"),
         lora(LORA_FULL, full, "--no-cache"),
