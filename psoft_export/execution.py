@@ -16,6 +16,7 @@ from psoft_export.algebra.merged_weight import (
     low_rank_factors,
     merged_blocks,
     product_dtype,
+    row_parts,
 )
 from psoft_export.algebra.rotation import (
     core_rotation,
@@ -30,11 +31,12 @@ from psoft_export.checkpoint.reader import file_sha256, raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.write_behind import WriteBehind
 from psoft_export.checkpoint.writer import ShardWriter
+from psoft_export.device import workers_on
 from psoft_export.errors import NonFiniteError, NotEquivalentError, OutputError
 from psoft_export.manifest import ModuleReport
 from psoft_export.pipeline import Progress, ProgressCallback, Target, TargetPipeline, damaged
 from psoft_export.plan import MergePlan, PlannedShard, PlannedTensor
-from psoft_export.verification.evaluation import Deviation
+from psoft_export.verification.evaluation import Deviation, measure
 from psoft_export.verification.figures import (
     GeometryFigures,
     GeometryLevel,
@@ -43,8 +45,9 @@ from psoft_export.verification.figures import (
 )
 from psoft_export.verification.weights import (
     examine_geometry,
-    examine_merged,
+    expected_change,
     geometry_level,
+    weight_figures,
     weight_problem,
 )
 from psoft_export.weights import BaseReader
@@ -187,37 +190,50 @@ class Run:
         return raw(cast)
 
     def _merged(self, target: Target) -> _Merged:
-        """Merge one target, given its basis."""
+        """Merge one target, given its basis, and compare the result with the second evaluation."""
         tensor, found = target.tensor, target.basis
         assert found is not None
         adapter = self._plan.adapter
         parameters, scaling = adapter.rotations[target.module], adapter.basis_options.scaling
         weight = target.weight.values.to(self._device)
         target = replace(target, weight=replace(target.weight, values=weight))
-        a, b = found.basis.a, found.basis.b
-        left, right = low_rank_factors(a, b, rotation(parameters), scaling)
-        figures = MergeFigures(product_norm(left, right))
+        left, right = low_rank_factors(found.basis.a, found.basis.b, rotation(parameters), scaling)
+        expected = expected_change(target, adapter)
         dtype = TORCH_DTYPES[tensor.spec.dtype]
-        blocks = list(merged_blocks(weight, left, right, dtype, figures))
+
+        def merge_rows(rows: slice) -> tuple[list[Tensor], MergeFigures, Deviation]:
+            figures = MergeFigures()
+            blocks = list(merged_blocks(weight[rows], left[rows], right, dtype, figures))
+            of = expected.of_rows(rows)
+            return blocks, figures, measure(weight[rows], blocks, of, self._product_unit)
+
+        parts = row_parts(weight, workers_on(self._device))
+        merged = self._pipeline.map(target, merge_rows, parts)
+        figures = MergeFigures.of([figures for _, figures, _ in merged])
         if not figures.finite:
             raise _does_not_fit(tensor)
-        equivalence = examine_merged(target, blocks, adapter, self._product_unit)
+        deviation = merged[0][2]
+        for _, _, following in merged[1:]:
+            deviation.join(following)
+        equivalence = weight_figures(target, deviation, dtype)
         if (problem := weight_problem(equivalence)) is not None:
             raise _not_equivalent(problem)
+        delta_norm = product_norm(left, right)
         rows, columns = tensor.spec.shape
         report = ModuleReport(
             module=target.module,
             tensor=tensor.spec.name,
             shape=(rows, columns),
             rank=parameters.rank,
-            relative_delta=figures.relative_delta,
+            relative_delta=delta_norm / figures.weight_norm if figures.weight_norm else 0.0,
             largest_angle=math.degrees(float(rotation_angles(parameters)[0])),
             orthogonality_error=orthogonality_error(core_rotation(parameters)),
             basis_uncertainty=found.uncertainty,
-            relative_rounding=figures.relative_rounding,
+            relative_rounding=figures.rounding_norm / delta_norm if delta_norm else 0.0,
         )
-        shape = examine_geometry(target, adapter) if self._with_geometry else None
-        return _Merged([raw(block) for block in blocks], report, equivalence, shape)
+        geometry = examine_geometry(target, adapter) if self._with_geometry else None
+        data = [raw(block) for blocks, _, _ in merged for block in blocks]
+        return _Merged(data, report, equivalence, geometry)
 
     def _report(self, tensor: PlannedTensor, nbytes: int) -> None:
         self._done_bytes += nbytes

@@ -5,7 +5,7 @@ largest targets, not by the model.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +22,8 @@ from psoft_export.weights import TargetWeight
 
 P = ParamSpec("P")
 T = TypeVar("T")
+S = TypeVar("S")
+R = TypeVar("R")
 
 _WAITING_BYTES = 16 * 2**20  # of other pieces that may wait behind a target
 
@@ -42,11 +44,15 @@ ProgressCallback = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Target:
-    """A weight that the adapter changes, with its basis once that is found."""
+    """A weight that the adapter changes, with its basis once that is found.
+
+    `is_alone` says that no other target is worked on beside it.
+    """
 
     tensor: PlannedTensor
     weight: TargetWeight
     basis: FoundBasis | None = None
+    is_alone: bool = False
 
     @property
     def module(self) -> str:
@@ -93,6 +99,16 @@ class TargetPipeline(Generic[T]):
         self._device = device
         self._use = use
         self._largest = largest
+        self._workers: _Workers | None = None
+
+    def map(self, target: Target, work: Callable[[S], R], items: Sequence[S]) -> list[R]:
+        """`work` of each item, in order: for `use`, which runs in one thread.
+
+        Where the target is alone, the other threads take their part.
+        """
+        if target.is_alone and self._workers is not None:
+            return self._workers.spread(work, items)
+        return [work(item) for item in items]
 
     def run(self, pieces: Iterable[Target | OtherT]) -> Generator[tuple[Target | OtherT, T | None]]:
         """Yield each piece in its order, a target with the result of `use`, others with None.
@@ -106,6 +122,7 @@ class TargetPipeline(Generic[T]):
         """
         count = workers_on(self._device)
         with _Workers(count) as workers:
+            self._workers = workers
             waiting: _Waiting[T, OtherT] = _Waiting((count + 1) * self._largest)
             for piece in pieces:
                 if isinstance(piece, Target):
@@ -133,7 +150,8 @@ class TargetPipeline(Generic[T]):
         result = future.result()
         if result is None:
             piece = piece.in_single_precision()
-            piece = replace(piece, basis=workers.alone(self._basis_by_full_svd, piece))
+            basis = workers.alone(self._basis_by_full_svd, piece)
+            piece = replace(piece, basis=basis, is_alone=True)
             waiting.put_back(piece, workers.submit(self._used, piece))
             return
         waiting.is_narrow = piece.basis is not None
@@ -197,6 +215,7 @@ class _Workers(AbstractContextManager["_Workers"]):
 
     def __init__(self, count: int) -> None:
         """Start `count` threads."""
+        self._count = count
         self._threads = torch.get_num_threads()
         self._share = self._threads // count
         self._pool = ThreadPoolExecutor(count, "psoft-worker")
@@ -208,15 +227,16 @@ class _Workers(AbstractContextManager["_Workers"]):
 
     def submit(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> "Future[T]":
         """Start one piece of work."""
-
-        def in_share() -> T:
-            # Each time: what one thread sets for itself, MKL takes for all.
-            torch.set_num_threads(self._share)
-            return work(*args, **named)
-
-        future = self._pool.submit(in_share)
+        future = self._pool.submit(self._in_share(work), *args, **named)
         self._running = {other for other in self._running if not other.done()} | {future}
         return future
+
+    def spread(self, work: Callable[[S], R], items: Sequence[S]) -> list[R]:
+        """`work` of each item, from a piece of work during which no long one is started."""
+        if self._count == 1:  # this thread is the only one
+            return [work(item) for item in items]
+        others = [self._pool.submit(self._in_share(work), item) for item in items[1:]]
+        return [*map(work, items[:1]), *(other.result() for other in others)]
 
     def alone(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Do one piece of work here with all of torch's threads, when all others are done."""
@@ -224,6 +244,14 @@ class _Workers(AbstractContextManager["_Workers"]):
         self._running.clear()  # with what they made
         torch.set_num_threads(self._threads)
         return work(*args, **named)
+
+    def _in_share(self, work: Callable[P, T]) -> Callable[P, T]:
+        def run(*args: P.args, **named: P.kwargs) -> T:
+            # Each time: what one thread sets for itself, MKL takes for all.
+            torch.set_num_threads(self._share)
+            return work(*args, **named)
+
+        return run
 
 
 class _Waiting(Generic[T, OtherT]):

@@ -4,8 +4,9 @@ Works in row blocks, so that memory beyond W stays small whatever its size.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,12 +23,11 @@ _FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 @dataclass
 class MergeFigures:
-    """What one merge did, summed up over its row blocks.
+    """What the merge of some rows did, summed up over row blocks.
 
-    Frobenius norms of ΔW, of W, and of the merged weight minus the float64 sum.
+    Frobenius norms of W, and of the merged weight minus the float64 sum.
     """
 
-    delta_norm: float
     weight_norm: float = 0.0
     rounding_norm: float = 0.0
 
@@ -36,15 +36,11 @@ class MergeFigures:
         """Whether every entry fits the output dtype; a number minus infinity is infinite."""
         return math.isfinite(self.rounding_norm)
 
-    @property
-    def relative_delta(self) -> float:
-        """‖ΔW‖ / ‖W‖."""
-        return self.delta_norm / self.weight_norm if self.weight_norm else 0.0
-
-    @property
-    def relative_rounding(self) -> float:
-        """‖merged − (W + ΔW)‖ / ‖ΔW‖."""
-        return self.rounding_norm / self.delta_norm if self.delta_norm else 0.0
+    @classmethod
+    def of(cls, parts: Iterable["MergeFigures"]) -> "MergeFigures":
+        """The figures of several parts of a weight together."""
+        norms = [(part.weight_norm, part.rounding_norm) for part in parts]
+        return cls(*(math.hypot(*column) for column in zip(*norms, strict=True)))
 
     def add_weight(self, block: Tensor) -> None:
         """Account for one row block of W, float64."""
@@ -94,6 +90,17 @@ def low_rank_factors(
     return scaling * (basis_b.double() @ (rotation - identity)), basis_a.double()
 
 
+def row_parts(weight: Tensor, count: int) -> list[slice]:
+    """Rows of W in `count` parts of nearly equal size, cut between blocks of `merged_blocks`.
+
+    So that a weight merged in parts is bit for bit the one merged at once.
+    """
+    rows, step = weight.shape[0], _block_rows(weight)
+    blocks = math.ceil(rows / step)
+    ends = [min(rows, step * round(blocks * part / count)) for part in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(ends) if start < end]
+
+
 def merged_blocks(
     weight: Tensor,
     left: Tensor,
@@ -112,8 +119,7 @@ def merged_blocks(
         dtype: output dtype: float32, float16 or bfloat16.
         figures: filled in as blocks are made.
     """
-    compute = product_dtype(weight.device)
-    rows = max(1, _block_bytes(weight.device) // (8 * weight.shape[1]))
+    compute, rows = product_dtype(weight.device), _block_rows(weight)
     first, second = left.to(compute), right.to(compute)
     for start in range(0, weight.shape[0], rows):
         exact, part = weight[start : start + rows].double(), first[start : start + rows]
@@ -133,5 +139,6 @@ def _norm(block: Tensor) -> float:
     return math.sqrt(float(flat.dot(flat)))
 
 
-def _block_bytes(device: torch.device) -> int:
-    return _BLOCK_BYTES if device.type == "cpu" else _DEVICE_BLOCK_BYTES
+def _block_rows(weight: Tensor) -> int:
+    size = _BLOCK_BYTES if weight.device.type == "cpu" else _DEVICE_BLOCK_BYTES
+    return max(1, size // (8 * weight.shape[1]))

@@ -6,7 +6,7 @@ formulas and the products are taken in another order, so that a mistake there sh
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class Change:
     right: Tensor
     reach_left: Tensor
     reach_right: Tensor
+
+    def of_rows(self, rows: slice) -> "Change":
+        """The same of some rows of W."""
+        return replace(self, left=self.left[rows], reach_left=self.reach_left[rows])
 
 
 def reference_rotation(parameters: RotationParameters) -> Tensor:
@@ -122,6 +126,13 @@ class Deviation:
         self._slack = (terms + 4) * (DOUBLE + product_unit)
         self._rows = 0
         self._error = self._exact = self._delta = self._weight = self._along = 0.0
+
+    def join(self, following: "Deviation") -> None:
+        """Account for the rows that another deviation is about."""
+        self.largest_ulp = max(self.largest_ulp, following.largest_ulp)
+        self.not_nearest += following.not_nearest
+        for name in ("_error", "_exact", "_delta", "_weight", "_along"):
+            setattr(self, name, getattr(self, name) + getattr(following, name))
 
     @property
     def relative_error(self) -> float:

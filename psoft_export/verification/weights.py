@@ -21,6 +21,7 @@ from psoft_export.plan import MergePlan, PlannedTensor
 from psoft_export.verification import geometry
 from psoft_export.verification.evaluation import (
     DOUBLE,
+    Change,
     Deviation,
     change,
     measure,
@@ -96,28 +97,22 @@ def check_weights(
         )
 
 
-def examine_merged(
-    target: Target, written: Sequence[Tensor], adapter: Adapter, product_unit: float
-) -> WeightFigures:
-    """The figures of one merged weight.
-
-    Args:
-        target: the weight with its basis.
-        written: the merged weight in consecutive row blocks, in its dtype, on any device.
-        adapter: the adapter.
-        product_unit: as of `check_weights`.
-    """
+def expected_change(target: Target, adapter: Adapter) -> Change:
+    """ΔW of one target, given its basis, as this package's second evaluation has it."""
     assert target.basis is not None
     basis = target.basis.basis
     turn = reference_rotation(adapter.rotations[target.module])
-    of = change(basis.a, basis.b, turn, adapter.basis_options.scaling)
-    deviation = measure(target.weight.values.to(basis.a.device), written, of, product_unit)
+    return change(basis.a, basis.b, turn, adapter.basis_options.scaling)
+
+
+def weight_figures(target: Target, deviation: Deviation, dtype: torch.dtype) -> WeightFigures:
+    """The figures of one merged weight, written in `dtype`."""
     rows, columns = target.tensor.spec.shape
     return WeightFigures(
         module=target.module,
         tensor=target.tensor.spec.name,
         shape=(rows, columns),
-        dtype=CODES[written[0].dtype],
+        dtype=CODES[dtype],
         largest_error_ulp=deviation.largest_ulp,
         not_nearest=deviation.not_nearest,
         relative_error=deviation.relative_error,
@@ -267,7 +262,10 @@ class _Check:
     def _examined(self, target: Target) -> tuple[WeightFigures, GeometryFigures]:
         assert isinstance(target, _MergedTarget)
         adapter = self._plan.adapter
-        figures = examine_merged(target, [target.written], adapter, self._product_unit)
+        of = expected_change(target, adapter)
+        weight = target.weight.values.to(of.left.device)
+        deviation = measure(weight, [target.written], of, self._product_unit)
+        figures = weight_figures(target, deviation, target.written.dtype)
         return figures, examine_geometry(target, adapter)
 
     def _compare(self, tensor: PlannedTensor, entry: TensorEntry) -> None:
