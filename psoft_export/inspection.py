@@ -138,7 +138,7 @@ def _summarise(adapter: Adapter, plan: MergePlan | None) -> AdapterSummary:
     record = adapter.record
     return AdapterSummary(
         name=adapter.source.name,
-        method=_method(adapter),
+        method=adapter.method,
         options=_options(adapter.config),
         rank=adapter.basis_options.rank,
         parameters=adapter.parameter_count,
@@ -148,18 +148,6 @@ def _summarise(adapter: Adapter, plan: MergePlan | None) -> AdapterSummary:
         base=plan.base.name if plan else None,
         model_class=plan.layout.class_name if plan else None,
     )
-
-
-def _method(adapter: Adapter) -> str:
-    parameters = next(iter(adapter.rotations.values()))
-    vectors = [n for n in ("vector_a", "vector_b") if getattr(parameters, n) is not None]
-    relaxed = " and ".join(vectors)
-    if not parameters.orthogonal:
-        return "PSOFT with a free R" + (f", {relaxed}" if vectors else "")
-    series = parameters.series
-    transform = f"Cayley–Neumann series, {series.terms} terms" if series else "Cayley transform"
-    form = f"PSOFT-RO (relaxed: {relaxed})" if vectors else "PSOFT-SO (strict)"
-    return f"{form}, {transform}"
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:

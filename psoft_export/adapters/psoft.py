@@ -20,6 +20,7 @@ from psoft_export.adapters.basis_record import FILENAME as RECORD
 from psoft_export.adapters.basis_record import BasisRecord, check_fits, read_record
 from psoft_export.algebra.rotation import CayleyNeumann, RotationParameters, generator_size
 from psoft_export.basis.svd import BasisOptions
+from psoft_export.checkpoint.hub import is_hub_id
 from psoft_export.checkpoint.reader import file_sha256, load_pickle
 from psoft_export.checkpoint.safetensors_file import read_header
 from psoft_export.checkpoint.source import Source, resolve
@@ -67,6 +68,19 @@ class Adapter:
             for tensor in (rotation.weight, rotation.vector_a, rotation.vector_b)
             if tensor is not None
         )
+
+    @property
+    def method(self) -> str:
+        """One line: strict or relaxed, Cayley transform or series, or free."""
+        parameters = next(iter(self.rotations.values()))
+        vectors = [n for n in ("vector_a", "vector_b") if getattr(parameters, n) is not None]
+        relaxed = " and ".join(vectors)
+        if not parameters.orthogonal:
+            return "PSOFT with a free R" + (f", {relaxed}" if vectors else "")
+        series = parameters.series
+        transform = f"Cayley–Neumann series, {series.terms} terms" if series else "Cayley transform"
+        form = f"PSOFT-RO (relaxed: {relaxed})" if vectors else "PSOFT-SO (strict)"
+        return f"{form}, {transform}"
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,15 @@ def read_adapter(source: Source) -> Adapter:
 def read_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All tensors of an adapter's file, by their names there."""
     return _read_tensors(adapter.source.folder / adapter.weights_file)
+
+
+def named_base(config: Mapping[str, Any]) -> str | None:
+    """What an adapter's config names as its base, if that looks like a Hub id, or None.
+
+    A relative path may look like one too; only the Hub can tell.
+    """
+    named = config.get("base_model_name_or_path")
+    return str(named) if is_hub_id(named) else None
 
 
 def is_narrowed(adapter: Adapter) -> bool:
