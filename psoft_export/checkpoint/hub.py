@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from psoft_export.errors import UsageError, first_line
 
@@ -20,15 +20,20 @@ _TOKEN = re.compile(r"[!-~]+")
 _BUSY = (408, 429)
 
 
-def is_hub_id(text: object) -> bool:
-    """Whether a text is a possible Hub id with its owner (`owner/name`), not a folder's name."""
-    if not isinstance(text, str) or "/" not in text:
+def is_valid_id(text: object) -> bool:
+    """Whether a text is a possible Hub id: `owner/name`, or `name` alone."""
+    if not isinstance(text, str):
         return False
     try:
         validate_repo_id(text)
     except HFValidationError:
         return False
     return True
+
+
+def is_hub_id(text: object) -> bool:
+    """Whether a text is a possible Hub id with its owner, which no folder's own name is."""
+    return is_valid_id(text) and "/" in str(text)
 
 
 def checked_token(token: str | None) -> str | None:
@@ -40,7 +45,9 @@ def checked_token(token: str | None) -> str | None:
         UsageError: it holds spaces, line breaks or other characters that no token has.
     """
     if token is not None and not _TOKEN.fullmatch(token):
-        raise UsageError("--token: is empty or holds characters that no Hub token has; copy it anew")
+        raise UsageError(
+            "--token: is empty or holds characters that no Hub token has; copy it anew"
+        )
     return token
 
 
