@@ -17,9 +17,9 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelCard,
     constants,
     hf_hub_download,
+    metadata_load,
 )
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
@@ -170,12 +170,12 @@ def push(
     """
     publication = read_publication(folder)
     own_card = None if overwrite_card else _own_card(publication.folder)
+    additions = _additions(publication)
     repo_id = prepare_push(repo_id, private=private, token=token)
     api = HfApi(token=token)
     with _speaking_of(repo_id):
         there = _at_revision(api, repo_id, revision, may_create=not create_pr)
         card = _card(api, publication, own_card, there, overwrite=overwrite_card)
-        additions = [CommitOperationAdd(name, path) for name, path in publication.files.items()]
         if card is not None:
             additions.append(CommitOperationAdd(CARD, card.encode()))
         removed = _shadowing(there, publication.files)
@@ -322,6 +322,15 @@ def _files(root: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def _additions(publication: Publication) -> list[CommitOperationAdd]:
+    try:
+        return [CommitOperationAdd(name, path) for name, path in publication.files.items()]
+    except (OSError, ValueError) as cause:
+        raise UsageError(
+            f"{publication.folder}: not every file can be read ({first_line(cause)})"
+        ) from cause
+
+
 def _check_verdict(root: Path, manifest: Mapping[str, Any]) -> None:
     for level, verdict in (manifest.get("verification") or {}).items():
         if isinstance(verdict, Mapping) and verdict.get("equivalent") is False:
@@ -342,8 +351,8 @@ def _own_card(root: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        text = path.read_text("utf-8")
-        named = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
+        text = path.read_bytes().decode("utf-8")
+        named = (metadata_load(path) or {}).get("base_model")
     except Exception as cause:  # YAML has a family of errors of its own
         raise UsageError(
             f"{path}: not a readable model card ({first_line(cause)}); correct it, or pass "

@@ -66,6 +66,8 @@ def hub_problem(cause: BaseException) -> str | None:
         return "not a valid Hub id (owner/name)"
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
         return _refusal(cause.response.status_code, cause.server_message)
+    if type(cause).__name__ == "XetAuthenticationError":  # hf_xet is not installed everywhere
+        return _refusal(401, None)
     if constants.HF_HUB_OFFLINE:
         return "not in the Hub cache, and HF_HUB_OFFLINE forbids to ask"
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
