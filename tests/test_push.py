@@ -179,7 +179,7 @@ def test_a_network_that_stays_away_is_one_error(
 
 @pytest.mark.parametrize(
     ("token", "debug"),
-    [("hf_" + "wrongwrongwrong", ""), ("hf_" + "wrongwrongwrong", "1"), ("hf_broken\tbroken", "1")],
+    [("hf_" + "wrongwrongwrong", ""), ("hf_" + "wrongwrongwrong", "1"), ("hf_broken\nbroken", "1")],
 )
 def test_a_refused_token_is_one_line_and_appears_nowhere(
     token: str, debug: str, client: Client, merged: Path, tmp_path: Path
@@ -194,7 +194,7 @@ def test_a_refused_token_is_one_line_and_appears_nowhere(
         ["inspect", "me/base"],
     ):  # fmt: skip
         ended = client(*line, "--token", token)
-        assert ended.returncode == (USAGE if "\t" in token else HUB_ERROR)
+        assert ended.returncode == (USAGE if "\n" in token else HUB_ERROR)
         error = ended.stderr.splitlines()[-1]
         assert "token" in error
         if not debug:
