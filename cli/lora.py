@@ -9,17 +9,24 @@ from psoft_export.cli.options import (
     AdapterOption,
     BaseOption,
     CacheDirOption,
+    CommitMessageOption,
+    CreatePrOption,
     DeviceOption,
     JsonOption,
     NoCacheOption,
     OutputOption,
+    OverwriteCardOption,
     OverwriteOption,
+    PrivateOption,
+    PushToOption,
     QuietOption,
     RequireRecordOption,
+    RevisionOption,
     SvdDeviceOption,
     TokenOption,
 )
 from psoft_export.cli.output import Output, basis_facts, print_facts
+from psoft_export.cli.push import Upload, print_push, with_push
 from psoft_export.planner import start_planner
 
 if TYPE_CHECKING:
@@ -55,6 +62,12 @@ def lora_command(
         ),
     ] = None,
     overwrite: OverwriteOption = False,
+    push_to: PushToOption = None,
+    private: PrivateOption = False,
+    revision: RevisionOption = None,
+    create_pr: CreatePrOption = False,
+    commit_message: CommitMessageOption = None,
+    overwrite_card: OverwriteCardOption = False,
     token: TokenOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -64,9 +77,14 @@ def lora_command(
     It is the same change of the weights: a PSOFT adapter is a LoRA pair already.
     """
     out = Output(quiet=quiet, as_json=as_json)  # before the Hub library reads its settings
+    upload = Upload.asked(
+        push_to, private, revision, create_pr, commit_message, overwrite_card, token
+    )
     planner = start_planner()  # loads transformers while torch is loaded here
     from psoft_export import to_lora
 
+    if upload is not None:
+        upload.prepare()
     with out.merge_progress("converting") as progress:
         report = to_lora(
             base,
@@ -86,7 +104,13 @@ def lora_command(
         )
     for warning in report.manifest["warnings"]:
         out.warn(warning)
-    out.result(report.to_dict(), lambda console: _print(console, report))
+    pushed = upload.finish(out, output) if upload is not None else None
+
+    def show(console: Console) -> None:
+        _print(console, report)
+        print_push(console, pushed)
+
+    out.result(with_push(report.to_dict(), pushed), show)
 
 
 def _print(console: Console, report: "LoraReport") -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from psoft_export.cli import cache, inspect, lora, merge, record, verify
+from psoft_export.cli import cache, inspect, lora, merge, push, record, verify
 from psoft_export.cli.output import print_error
 from psoft_export.errors import PsoftExportError, UsageError
 
@@ -26,6 +26,7 @@ app.command("verify", epilog=verify.EXAMPLES)(verify.verify_command)
 app.command("lora", epilog=lora.EXAMPLES)(lora.lora_command)
 app.command("record", epilog=record.RECORD_EXAMPLES)(record.record_command)
 app.command("convert", epilog=record.CONVERT_EXAMPLES)(record.convert_command)
+app.command("push", epilog=push.EXAMPLES)(push.push_command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect_command)
 app.add_typer(cache.app, name="cache")
 

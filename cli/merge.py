@@ -10,17 +10,24 @@ from psoft_export.cli.options import (
     AdapterOption,
     BaseOption,
     CacheDirOption,
+    CommitMessageOption,
+    CreatePrOption,
     DeviceOption,
     JsonOption,
     NoCacheOption,
     OutputOption,
+    OverwriteCardOption,
     OverwriteOption,
+    PrivateOption,
+    PushToOption,
     QuietOption,
     RequireRecordOption,
+    RevisionOption,
     SvdDeviceOption,
     TokenOption,
 )
 from psoft_export.cli.output import Output, basis_facts, print_facts, size
+from psoft_export.cli.push import Upload, print_push, with_push
 from psoft_export.planner import start_planner
 
 if TYPE_CHECKING:
@@ -34,6 +41,8 @@ EXAMPLES = """
   psoft-export merge --base ./base --adapter ./adapter --output ./merged --dtype bf16 --overwrite
 
   psoft-export merge --base ./base --adapter me/adapter@v2 --output ./merged --dry-run
+
+  psoft-export merge --base ./base --adapter ./adapter --output ./merged --push-to me/merged
 """
 
 
@@ -62,6 +71,12 @@ def merge_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
     ] = False,
+    push_to: PushToOption = None,
+    private: PrivateOption = False,
+    revision: RevisionOption = None,
+    create_pr: CreatePrOption = False,
+    commit_message: CommitMessageOption = None,
+    overwrite_card: OverwriteCardOption = False,
     token: TokenOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -72,6 +87,9 @@ def merge_command(
     only when every byte of it is on disk.
     """
     out = Output(quiet=quiet, as_json=as_json)  # before the Hub library reads its settings
+    upload = Upload.asked(
+        push_to, private, revision, create_pr, commit_message, overwrite_card, token
+    )
     planner = None if dry_run else start_planner()  # loads transformers while torch is loaded here
     from psoft_export import merge, plan_merge
 
@@ -90,6 +108,8 @@ def merge_command(
             out.warn(warning)
         out.result(plan.to_dict(), lambda console: _print_plan(console, plan))
         return
+    if upload is not None:
+        upload.prepare()
     with out.merge_progress() as progress:
         report = merge(
             base,
@@ -110,7 +130,13 @@ def merge_command(
         )
     for warning in report.manifest["warnings"]:
         out.warn(warning)
-    out.result(report.to_dict(), lambda console: _print_report(console, report))
+    pushed = upload.finish(out, output) if upload is not None else None
+
+    def show(console: Console) -> None:
+        _print_report(console, report)
+        print_push(console, pushed)
+
+    out.result(with_push(report.to_dict(), pushed), show)
 
 
 def _print_plan(console: Console, plan: "MergePlan") -> None:

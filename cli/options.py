@@ -59,3 +59,51 @@ SummaryOption = Annotated[
 NoCacheOption = Annotated[
     bool, typer.Option("--no-cache", help="Neither read nor write the cache of bases.")
 ]
+
+_PUBLISHING = "Publishing"
+PushToOption = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to",
+        metavar="REPO_ID",
+        help="Then publish the folder in this Hub repository, with a model card.",
+        rich_help_panel=_PUBLISHING,
+    ),
+]
+PrivateOption = Annotated[
+    bool,
+    typer.Option(
+        "--private",
+        help="Make the repository private; a public one that exists is refused.",
+        rich_help_panel=_PUBLISHING,
+    ),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="BRANCH",
+        help="Branch to push to, made if it does not exist; default: main.",
+        rich_help_panel=_PUBLISHING,
+    ),
+]
+CreatePrOption = Annotated[
+    bool,
+    typer.Option(
+        "--create-pr",
+        help="Open a pull request in place of changing the branch.",
+        rich_help_panel=_PUBLISHING,
+    ),
+]
+CommitMessageOption = Annotated[
+    str | None,
+    typer.Option("--commit-message", help="First line of the commit.", rich_help_panel=_PUBLISHING),
+]
+OverwriteCardOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite-card",
+        help="Make the model card anew even where somebody wrote one.",
+        rich_help_panel=_PUBLISHING,
+    ),
+]

@@ -1,5 +1,6 @@
 """`psoft-export record` and `convert`: the basis record of an adapter, made, checked, converted."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -10,15 +11,22 @@ from psoft_export.cli.options import (
     AdapterOption,
     BaseOption,
     CacheDirOption,
+    CommitMessageOption,
+    CreatePrOption,
     DeviceOption,
     JsonOption,
     NoCacheOption,
     OutputOption,
+    OverwriteCardOption,
     OverwriteOption,
+    PrivateOption,
+    PushToOption,
     QuietOption,
+    RevisionOption,
     TokenOption,
 )
 from psoft_export.cli.output import Output
+from psoft_export.cli.push import Upload, print_push, with_push
 from psoft_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,14 +105,25 @@ def convert_command(
     cache_dir: CacheDirOption = None,
     no_cache: NoCacheOption = False,
     overwrite: OverwriteOption = False,
+    push_to: PushToOption = None,
+    private: PrivateOption = False,
+    revision: RevisionOption = None,
+    create_pr: CreatePrOption = False,
+    commit_message: CommitMessageOption = None,
+    overwrite_card: OverwriteCardOption = False,
     token: TokenOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a recorded adapter in another form that means the same weights."""
     out = Output(quiet=quiet, as_json=as_json)
+    upload = Upload.asked(
+        push_to, private, revision, create_pr, commit_message, overwrite_card, token
+    )
     from psoft_export import convert
 
+    if upload is not None:
+        upload.prepare()
     with out.merge_progress("converting") as progress:
         report = convert(
             base,
@@ -118,13 +137,23 @@ def convert_command(
             token=token,
             progress=progress,
         )
-    _show(out, report)
+    _show(out, report, upload, output)
 
 
-def _show(out: Output, report: "RecordReport") -> None:
+def _show(
+    out: Output, report: "RecordReport", upload: Upload | None = None, output: Path | None = None
+) -> None:
     for warning in report.warnings:
         out.warn(warning)
-    out.result(report.to_dict(), lambda console: _print(console, report))
+    pushed = None
+    if upload is not None and output is not None:
+        pushed = upload.finish(out, output)
+
+    def show(console: Console) -> None:
+        _print(console, report)
+        print_push(console, pushed)
+
+    out.result(with_push(report.to_dict(), pushed), show)
 
 
 def _print(console: Console, report: "RecordReport") -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from psoft_export.pipeline import Progress
     from psoft_export.plan import MergePlan
     from psoft_export.planner import Planner, start_planner
+    from psoft_export.publishing import PushReport, push
     from psoft_export.recording import (
         RecordedModule,
         RecordReport,
@@ -45,6 +46,7 @@ __all__ = [
     "Planner",
     "Progress",
     "PsoftExportError",
+    "PushReport",
     "RecordBasisCallback",
     "RecordReport",
     "RecordedModule",
@@ -55,6 +57,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "plan_merge",
+    "push",
     "record",
     "record_basis",
     "restore_basis",
@@ -75,6 +78,7 @@ _HOMES = {
     "Planner": "planner",
     "Progress": "pipeline",
     "PsoftExportError": "errors",
+    "PushReport": "publishing",
     "RecordBasisCallback": "training",
     "RecordReport": "recording",
     "RecordedModule": "recording",
@@ -85,6 +89,7 @@ _HOMES = {
     "load_adapter": "adapters.psoft",
     "merge": "merging",
     "plan_merge": "merging",
+    "push": "publishing",
     "record": "recording",
     "record_basis": "training",
     "restore_basis": "training",

@@ -147,10 +147,13 @@ class BasisCache:
                     writer.abandon()
             self._make_room(path)
         except (OutputError, OSError) as cause:
-            reason = cause if isinstance(cause, OutputError) else cause.strerror or cause
+            root = cause.__cause__ or cause
+            reason = (isinstance(root, OSError) and root.strerror) or type(root).__name__
+            # No path here: the sentence goes into psoft_export.json, and that gets published.
             self.problem = (
-                f"the basis cache {self.folder} could not be written ({reason}); the result is "
-                "complete, but the next run finds these bases again. --cache-dir names another"
+                f"the basis cache could not be written ({reason}); the result is complete, but "
+                "the next run finds these bases again. 'psoft-export cache list' shows where it "
+                "is, --cache-dir names another"
             )
 
     def entries(self) -> list[CacheEntry]:

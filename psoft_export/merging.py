@@ -9,7 +9,7 @@ import torch
 
 from psoft_export.adapters import basis_record
 from psoft_export.adapters.basis_record import BasisRecord
-from psoft_export.adapters.psoft import Adapter, load_adapter
+from psoft_export.adapters.psoft import Adapter, load_adapter, named_base
 from psoft_export.algebra.merged_weight import product_dtype, product_error_bound
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import BasisCache, open_cache
@@ -338,7 +338,8 @@ def describe_run(
     adapter = plan.adapter
     return manifest(
         base=source_record(plan.base, {**weights, **beside["base"]}),
-        adapter=source_record(adapter.source, {**adapter.sha256, **beside["adapter"]}),
+        adapter=source_record(adapter.source, {**adapter.sha256, **beside["adapter"]})
+        | {"method": adapter.method, "base_model": named_base(adapter.config)},
         class_name=plan.layout.class_name,
         options=options,
         basis=bases.describe(),

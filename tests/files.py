@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -50,6 +51,13 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def card_metadata(card: str | bytes) -> dict[str, Any]:
+    """The metadata of a model card, as huggingface_hub reads it."""
+    text = card if isinstance(card, str) else card.decode()
+    found: dict[str, Any] = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
+    return found
 
 
 def as_pickle(base: Path, shards: int = 1) -> None:

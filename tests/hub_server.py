@@ -3,13 +3,25 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from tests import files
+
 COMMIT = "c0ffee" + "0" * 34
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository at one commit."""
+
+    commit: str
+    files: Mapping[str, bytes]
+    private: bool = False
 
 
 class HubServer:
@@ -31,6 +43,12 @@ class HubServer:
 
             def do_HEAD(self) -> None:
                 server._answer(self, body=False)
+
+            def do_POST(self) -> None:
+                server._write(self)
+
+            def do_PUT(self) -> None:
+                server._write(self)
 
             def log_message(self, *_: object) -> None:
                 """Keep the terminal quiet."""
@@ -60,18 +78,16 @@ class HubServer:
             return
         repo_id, marker, rest = path.lstrip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
-        folder = self.repositories.get(repo_id)
-        if not marker or folder is None:
-            self._refuse(request, "RepoNotFound")
-        elif revision not in self.revisions:
-            self._refuse(request, "RevisionNotFound")
-        elif not (folder / name).is_file():
+        found = self._snapshot(repo_id, revision) if marker else "RepoNotFound"
+        if isinstance(found, str):
+            self._refuse(request, found)
+        elif name not in found.files:
             self._refuse(request, "EntryNotFound")
         else:
-            content = (folder / name).read_bytes()
+            content = found.files[name]
             request.send_response(200)
             request.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            request.send_header("X-Repo-Commit", COMMIT)
+            request.send_header("X-Repo-Commit", found.commit)
             request.send_header("Content-Length", str(len(content)))
             request.end_headers()
             if body:
@@ -80,25 +96,35 @@ class HubServer:
     def _model_info(self, request: BaseHTTPRequestHandler, rest: str) -> None:
         marker = "/tree/" if "/tree/" in rest else "/revision/"
         repo_id, marker, revision = rest.partition(marker)
+        found = self._snapshot(repo_id, revision or "main")
+        if isinstance(found, str):
+            self._refuse(request, found)
+            return
+        answer: object = {
+            "id": repo_id,
+            "sha": found.commit,
+            "private": found.private,
+            "siblings": [{"rfilename": name} for name in found.files],
+        }
+        if marker == "/tree/":
+            answer = [
+                {"type": "file", "path": name, "size": len(content), "oid": found.commit}
+                for name, content in found.files.items()
+            ]
+        self._send(request, 200, json.dumps(answer).encode())
+
+    def _snapshot(self, repo_id: str, revision: str) -> "Snapshot | str":
+        """A repository at a revision, or the Hub's code for what is missing."""
         folder = self.repositories.get(repo_id)
         if folder is None:
-            self._refuse(request, "RepoNotFound")
-        elif marker and revision not in self.revisions:
-            self._refuse(request, "RevisionNotFound")
-        else:
-            paths = [p for p in folder.rglob("*") if p.is_file()]
-            names = [str(p.relative_to(folder)) for p in paths]
-            answer: object = {
-                "id": repo_id,
-                "sha": COMMIT,
-                "siblings": [{"rfilename": name} for name in names],
-            }
-            if marker == "/tree/":
-                answer = [
-                    {"type": "file", "path": name, "size": path.stat().st_size, "oid": COMMIT}
-                    for name, path in zip(names, paths, strict=True)
-                ]
-            self._send(request, 200, json.dumps(answer).encode())
+            return "RepoNotFound"
+        if revision not in self.revisions:
+            return "RevisionNotFound"
+        return Snapshot(COMMIT, files.tree(folder))
+
+    def _write(self, request: BaseHTTPRequestHandler) -> None:
+        """This server is for reading; `WritableHub` takes uploads."""
+        self._send(request, 405, b"{}")
 
     def _refuse(self, request: BaseHTTPRequestHandler, code: str) -> None:
         self._send(request, 404, b"{}", code)

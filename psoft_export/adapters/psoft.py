@@ -20,6 +20,7 @@ from psoft_export.adapters.basis_record import FILENAME as RECORD
 from psoft_export.adapters.basis_record import BasisRecord, check_fits, read_record
 from psoft_export.algebra.rotation import CayleyNeumann, RotationParameters, generator_size
 from psoft_export.basis.svd import BasisOptions
+from psoft_export.checkpoint.hub import is_hub_id
 from psoft_export.checkpoint.reader import file_sha256, load_pickle
 from psoft_export.checkpoint.safetensors_file import read_header
 from psoft_export.checkpoint.source import Source, resolve
@@ -136,6 +137,15 @@ def read_adapter(source: Source) -> Adapter:
 def read_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All tensors of an adapter's file, by their names there."""
     return _read_tensors(adapter.source.folder / adapter.weights_file)
+
+
+def named_base(config: Mapping[str, Any]) -> str | None:
+    """What an adapter's config names as its base, if that looks like a Hub id, or None.
+
+    A relative path may look like one too; only the Hub can tell.
+    """
+    named = config.get("base_model_name_or_path")
+    return str(named) if is_hub_id(named) else None
 
 
 def is_narrowed(adapter: Adapter) -> bool:

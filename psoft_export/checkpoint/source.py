@@ -1,21 +1,13 @@
 """Where a base or an adapter is: a local folder, or a Hub repository at a commit."""
 
-import errno
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
+from psoft_export.checkpoint.hub import checked_token, hub_problem
 from psoft_export.errors import HubError, PsoftExportError, UsageError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -69,6 +61,7 @@ def resolve(
     if not _HUB_ID.fullmatch(repo_id) or isinstance(reference, Path):
         raise UsageError(f"{text}: no such folder, and not a Hub id (owner/name[@revision])")
     wanted = revision or None
+    token = checked_token(token)
     try:
         if constants.HF_HUB_OFFLINE:
             snapshot = _cached_snapshot(repo_id, config, wanted)
@@ -116,28 +109,8 @@ def _literal(name: str) -> str:
 
 
 def _hub_error(reference: str, cause: Exception) -> PsoftExportError:
-    """One line for what went wrong with the Hub, without the request's headers."""
-    if isinstance(cause, GatedRepoError):
-        why = "access is gated; accept its terms on the Hub and log in with 'hf auth login'"
-    elif isinstance(cause, RevisionNotFoundError):
-        why = "the repository has no such revision"
-    elif isinstance(cause, RepositoryNotFoundError):
-        why = (
-            "no such folder here, and no such Hub repository (or a private one); "
-            "check the name, or log in with 'hf auth login'"
-        )
-    elif isinstance(cause, HFValidationError):
-        why = "no such folder, and not a valid Hub id (owner/name[@revision])"
-    elif isinstance(cause, HfHubHTTPError) and cause.response is not None:
-        why = f"the Hub answered {cause.response.status_code}; try again later"
-    elif constants.HF_HUB_OFFLINE:
-        why = "no such folder here and not in the Hub cache, and HF_HUB_OFFLINE forbids to ask"
-    elif isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
-        why = f"the Hub cache cannot be written ({cause.strerror})"
-    elif isinstance(cause, (LocalEntryNotFoundError, OSError)) or (
-        type(cause).__module__.partition(".")[0].startswith("http")
-    ):
-        why = "no such folder here, and the Hub cannot be reached; check the path or the network"
-    else:
+    """One line for a reference that is no folder and cannot be had from the Hub either."""
+    problem = hub_problem(cause)
+    if problem is None:
         raise cause
-    return HubError(f"{reference}: {why}")
+    return HubError(f"{reference}: no such folder here; on the Hub: {problem}")

@@ -1,0 +1,92 @@
+"""Speaking with the Hub: what a valid id and token are, and what went wrong, in one line."""
+
+import errno
+import re
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from psoft_export.errors import UsageError, first_line
+
+_TOKEN = re.compile(r"[!-~]+")
+_BUSY = (408, 429)
+
+
+def is_valid_id(text: object) -> bool:
+    """Whether a text is a possible Hub id: `owner/name`, or `name` alone."""
+    if not isinstance(text, str):
+        return False
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_hub_id(text: object) -> bool:
+    """Whether a text is a possible Hub id with its owner, which no folder's own name is."""
+    return is_valid_id(text) and "/" in str(text)
+
+
+def checked_token(token: str | None) -> str | None:
+    """The token, if it can be one.
+
+    A library would quote any other in its error message.
+
+    Raises:
+        UsageError: it holds spaces, line breaks or other characters that no token has.
+    """
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise UsageError(
+            "--token: is empty or holds characters that no Hub token has; copy it anew"
+        )
+    return token
+
+
+def hub_problem(cause: BaseException) -> str | None:
+    """What went wrong with the Hub, without the request's headers; None: it was something else."""
+    if isinstance(cause, GatedRepoError):
+        return "access is gated; accept its terms on the Hub and log in with 'hf auth login'"
+    if isinstance(cause, RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(cause, RepositoryNotFoundError):
+        return (
+            "no such Hub repository (or a private one); check the name, or log in with "
+            "'hf auth login'"
+        )
+    if isinstance(cause, HFValidationError):
+        return "not a valid Hub id (owner/name)"
+    if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+        return _refusal(cause.response.status_code, cause.server_message)
+    if type(cause).__name__ == "XetAuthenticationError":  # hf_xet is not installed everywhere
+        return _refusal(401, None)
+    if constants.HF_HUB_OFFLINE:
+        return "not in the Hub cache, and HF_HUB_OFFLINE forbids to ask"
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+        return f"the Hub cache cannot be written ({cause.strerror})"
+    if isinstance(cause, (LocalEntryNotFoundError, OSError)) or (
+        type(cause).__module__.partition(".")[0].startswith("http")
+    ):
+        return "the Hub cannot be reached; check the network"
+    return None
+
+
+def _refusal(status: int, message: str | None) -> str:
+    said = f": {first_line(ValueError(message))}" if message else ""
+    if status == 401:
+        return "the Hub refuses the token (401), or needs one; log in with 'hf auth login'"
+    if status == 403:
+        return f"the token may not do this (403{said}); log in with one that may ('hf auth login')"
+    if status in (409, 412):
+        return f"the repository was changed meanwhile ({status}{said}); run it again"
+    if status >= 500 or status in _BUSY:
+        return f"the Hub answered {status}; try again later"
+    return f"the Hub refuses this ({status}{said})"
