@@ -105,14 +105,11 @@ def basis_facts(
     basis: Mapping[str, Any], modules: "Sequence[ModuleReport | LoraModule]"
 ) -> dict[str, str]:
     """Where the bases of a run came from, and what that leaves open."""
-    if (record := basis["record"]) is None:
-        origin = f"{basis['solver']} SVD in {basis['dtype']} on {basis['device']}; not recorded"
-    else:
-        found = f"; vectors by {basis['solver']}" if record["kind"] == "signs" else ""
-        origin = f"recorded ({record['kind']}; {record['svd']}){found}"
+    from psoft_export.manifest import basis_origin
+
     known = [m.basis_uncertainty for m in modules if m.basis_uncertainty is not None]
     left_open = f"{max(known):.1e} at most" if len(known) == len(modules) else "not known"
-    return {"basis": origin, "left open by the basis / ‖ΔW‖": left_open}
+    return {"basis": basis_origin(basis), "left open by the basis / ‖ΔW‖": left_open}
 
 
 def print_error(text: str) -> None:
