@@ -232,9 +232,12 @@ def test_every_module_has_its_row_and_faults_come_first(report: VerificationRepo
     modules = [m.module for m in report.weights.modules]
     rows = [row for row in Page(render_page(report)).rows if row[0] in modules]
     assert [row[0] for row in rows] == modules * 2
-    rows = [row for row in Page(render_page(with_faults(report))).rows if row[0][2:] in modules]
+    page = Page(render_page(with_faults(report)))
+    rows = [row for row in page.rows if row[0][2:] in modules]
     assert [row[0] for row in rows] == [f"✕ {modules[i]}" for i in (12, 5, 9)]
     assert [row[3] for row in rows] == ["not a number", "30,000", "2.6"]
+    # Error, entries, ‖ΔW‖ / ‖W‖, times applied; two angles, the orthogonality error.
+    assert len(page.elements("worst")) == 4 + 3
 
 
 def test_every_chart_holds_one_mark_a_module(report: VerificationReport) -> None:

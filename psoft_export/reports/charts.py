@@ -263,7 +263,7 @@ def _draw_mark(panel: Axes, x: float, y: float, top: float, name: str, *, faulty
         [y if finite else top],
         linestyle="none",
         marker=("D" if faulty else "o") if finite else "X",
-        markersize=6 if faulty or not finite else 4,
+        markersize=6 if faulty or not finite else 4.5,
         markerfacecolor="none" if hollow else colour,
         markeredgecolor=colour,
         markeredgewidth=0.9 if hollow else 0.4,

@@ -156,7 +156,7 @@ def _rows(
     modules: Sequence[FiguresT], columns: Sequence[Column[FiguresT]], faulty: Sequence[int] = ()
 ) -> list[Row]:
     """The faulty modules first, as `faulty` has them; then the others in their order."""
-    worst = [column.figure and wording.outlier(modules, column.figure) for column in columns]
+    worst = [_outlier(modules, column) for column in columns]
     order = [*faulty, *(i for i in range(len(modules)) if i not in set(faulty))]
     return [
         Row(
@@ -169,3 +169,10 @@ def _rows(
         )
         for i in order
     ]
+
+
+def _outlier(modules: Sequence[FiguresT], column: Column[FiguresT]) -> FiguresT | None:
+    """The module with the largest figure of a column; None where all read the same."""
+    if column.figure is None or len({column.text(module) for module in modules}) == 1:
+        return None
+    return wording.worst(modules, column.figure)

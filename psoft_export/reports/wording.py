@@ -326,15 +326,6 @@ def worst(
     return max(modules, key=lambda module: _comparable(figure(module)), default=None)
 
 
-def outlier(
-    modules: Sequence[FiguresT], figure: Callable[[FiguresT], float | None]
-) -> FiguresT | None:
-    """The module with the largest figure; None where that is the figure of all."""
-    largest = worst(modules, figure)
-    figures = {_comparable(figure(module)) for module in modules}
-    return largest if len(figures) > 1 else None
-
-
 def faults(modules: Sequence[WeightFigures]) -> list[int]:
     """Indices of the modules with entries that are not the nearest, the largest error first."""
     wrong = [i for i, m in enumerate(modules) if m.not_nearest > 0]
