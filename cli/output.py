@@ -106,72 +106,35 @@ def basis_facts(
     basis: Mapping[str, Any], modules: "Sequence[ModuleReport | LoraModule]"
 ) -> dict[str, str]:
     """Where the bases of a run came from, and what that leaves open."""
+    from psoft_export.manifest import basis_origin
+
     known = [m.basis_uncertainty for m in modules if m.basis_uncertainty is not None]
     left_open = f"{max(known):.1e} at most" if len(known) == len(modules) else "not known"
     return {"basis": basis_origin(basis), "left open by the basis / ‖ΔW‖": left_open}
 
 
-def basis_origin(basis: Mapping[str, Any]) -> str:
-    """Where the bases of a run came from."""
-    if (record := basis["record"]) is None:
-        return f"{basis['solver']} SVD in {basis['dtype']} on {basis['device']}; not recorded"
-    found = f"; vectors by {basis['solver']}" if record["kind"] == "signs" else ""
-    return f"recorded ({record['kind']}; {record['svd']}){found}"
-
-
 def print_verdict(console: Console, report: "VerificationReport") -> None:
-    """Print what a verification found, level by level, and its verdict."""
+    """Print what a verification found, level by level, what is wrong, and its verdict."""
+    from psoft_export.manifest import basis_origin
+    from psoft_export.reports import wording
+
+    rows = {
+        level.name: "; ".join(figures) or f"{level.status}: {level.reason}"
+        for level, figures in wording.in_brief(report)
+    }
+    if report.outputs is not None:
+        rows["inputs"] = report.outputs.inputs
     table = Table.grid(padding=(0, 2))
-    for name, value in verdict_facts(report).items():
-        table.add_row(name, value)
+    for name, value in (rows | {"basis": basis_origin(report.basis)}).items():
+        table.add_row(name, _escaped(value))
     console.print(table)
     for problem in report.problems[:_PROBLEMS]:
         console.print(f"- {problem}", markup=False, highlight=False)
     if len(report.problems) > _PROBLEMS:
         console.print(f"- and {len(report.problems) - _PROBLEMS} more (--json has them all)")
-    verdict = "[bold green]equivalent[/]" if report.equivalent else "[bold red]not equivalent[/]"
-    console.print(verdict)
-
-
-def verdict_facts(report: "VerificationReport") -> dict[str, str]:
-    """Each level that was run in one line, and where the bases came from."""
-    rows = {}
-    if (weights := report.weights) is not None:
-        found = weights.summary()
-        rows["weights"] = (
-            f"{found['merged_tensors']} merged, {found['copied_tensors']} as in the base, "
-            f"{found['saved_tensors']} as in the adapter; largest error "
-            f"{found['largest_error_ulp']:.3g} ulp, {found['not_nearest']} entries not nearest"
-        )
-    if (geometry := report.geometry) is not None:
-        kept = geometry.summary()
-        rows["geometry"] = (
-            f"{'strict' if kept['strict'] else 'relaxed'}: ‖RᵀR − I‖ "
-            f"{kept['orthogonality_error']:.1e}, norms {kept['norm_change']:.1e}, angles "
-            f"{kept['angle_change']:.1e}°, energy {kept['energy_change']:.1e} at most"
-        )
-    if (outputs := report.outputs) is not None:
-        if outputs.skipped is not None:
-            rows["outputs"] = f"not run: {outputs.skipped}"
-        else:
-            assert outputs.merged is not None and outputs.unmerged is not None
-            rows["outputs"] = (
-                f"{outputs.output} at {outputs.positions} positions: merged "
-                f"{outputs.merged.rms:.2e} from the {outputs.truth} truth, not merged "
-                f"{outputs.unmerged.rms:.2e} (rms)"
-            )
-            rows["inputs"] = outputs.inputs
-        if outputs.losses is not None:
-            losses = (f"{name} {loss:.4f}" for name, loss in outputs.losses.items())
-            rows["loss, nats per token"] = ", ".join(losses)
-        if outputs.generation is not None:
-            generation = outputs.generation
-            rows["greedy generation"] = (
-                f"{generation.tokens} tokens: merged follows the truth for "
-                f"{generation.merged:.0%}, not merged for {generation.unmerged:.0%}"
-            )
-    rows["basis"] = basis_origin(report.basis)
-    return rows
+    verdict = wording.verdict(report)
+    colour = {"good": "green", "bad": "red", "open": "yellow"}[verdict.kind]
+    console.print(f"[bold {colour}]{verdict.title.lower()}[/]")
 
 
 def print_error(text: str) -> None:

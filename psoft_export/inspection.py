@@ -1,7 +1,6 @@
 """An adapter at a glance: its method, its size, and how far each layer turns."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from psoft_export.algebra.rotation import (
     vector_deviation,
 )
 from psoft_export.merging import plan_merge
+from psoft_export.module_paths import layer_number, module_kind
 from psoft_export.plan import MergePlan
 
 
@@ -44,13 +44,12 @@ class LayerSummary:
     @property
     def layer(self) -> int | None:
         """The layer number in the module path (its first number), or None."""
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.module)
-        return int(found[1]) if found else None
+        return layer_number(self.module)
 
     @property
     def kind(self) -> str:
         """The module's own name (`q_proj`), the same in every layer."""
-        return self.module.rsplit(".", 1)[-1]
+        return module_kind(self.module)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,15 @@ def source_record(source: Source, sha256: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def basis_origin(basis: Mapping[str, Any]) -> str:
+    """Where bases came from, in words; `basis` as in `psoft_export.json`."""
+    record = basis["record"]
+    if record is None:
+        return f"{basis['solver']} SVD in {basis['dtype']} on {basis['device']}; not recorded"
+    found = f"; vectors by {basis['solver']}" if record["kind"] == "signs" else ""
+    return f"recorded ({record['kind']}; {record['svd']}){found}"
+
+
 def manifest(
     *,
     base: Mapping[str, Any],

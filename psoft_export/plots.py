@@ -1,5 +1,7 @@
 """Pictures of an adapter, for reports. Needs matplotlib (the `plot` extra)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,16 +28,12 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         OutputError: the file cannot be written, or its suffix is unknown.
     """
-    try:
+    with plot_extra("--plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
-    except ImportError as cause:
-        raise MissingExtraError(
-            "--plot needs matplotlib: pip install 'psoft-export[plot]'"
-        ) from cause
     if not file.suffix:
         raise OutputError(f"{file}: its name needs a suffix: .png, .svg or .pdf")
     groups: dict[str, list[LayerSummary]] = {}
@@ -68,6 +66,22 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as cause:
         raise OutputError(f"{file}: cannot be written ({cause})") from cause
+
+
+@contextmanager
+def plot_extra(option: str) -> Iterator[None]:
+    """Within it, an import that fails becomes `MissingExtraError`, with the way out.
+
+    Args:
+        option: what the user asked for (`--plot`).
+    """
+    try:
+        yield
+    except ImportError as cause:
+        package = (cause.name or "matplotlib").partition(".")[0]
+        raise MissingExtraError(
+            f"{option} needs {package}: pip install 'psoft-export[plot]'"
+        ) from cause
 
 
 def _draw_panel(panel: "Axes", kind: str, layers: list[LayerSummary], colours: object) -> None:

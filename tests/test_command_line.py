@@ -134,5 +134,6 @@ def test_wheel_brings_one_package(tmp_path: Path) -> None:
         "psoft_export", f"psoft_export-{version}.dist-info"
     }  # fmt: skip
     assert "psoft_export/cli/main.py" in names and "psoft_export/py.typed" in names
+    assert "psoft_export/reports/page.html" in names
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "psoft_export").rglob("*.py")}
     assert sources <= set(names), "a subpackage is missing from the wheel"
