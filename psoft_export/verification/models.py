@@ -1,0 +1,271 @@
+"""The models that are compared: the merged one, and its base with the adapter beside it.
+
+Transformers builds them from tensors that are read here, so it follows no path and finds no
+further adapter in a folder. Unmerged means y = W x + scaling · B (R − I) A x, written out as it
+stands; no weight is formed.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from psoft_export.algebra.rotation import rotation
+from psoft_export.bases import BasisFinder
+from psoft_export.checkpoint.reader import Checkpoint
+from psoft_export.errors import CheckpointError, first_line
+from psoft_export.model.skeleton import Skeleton, find_skeleton, read_config
+from psoft_export.pipeline import Target, TargetPipeline
+from psoft_export.plan import MergePlan
+from psoft_export.verification.inputs import pad_token
+from psoft_export.weights import BaseReader
+
+
+@dataclass(frozen=True)
+class SidePath:
+    """An adapter beside one linear layer.
+
+    Attributes:
+        a: A, r × in, float32.
+        core: R − I, r × r, float64.
+        b: B, out × r, float32.
+        scaling: alpha / r.
+    """
+
+    a: Tensor
+    core: Tensor
+    b: Tensor
+    scaling: float
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        return self.a.numel() + self.core.numel() + self.b.numel()
+
+    def beside(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        """Add scaling · ((x Aᵀ) (R − I)ᵀ) Bᵀ to the output of `linear` from now on.
+
+        Args:
+            linear: the layer.
+            dtype: A, B and R − I are rounded to it; the layer may compute in a wider one.
+        """
+        a, core, b = (factor.to(dtype).to(linear.weight) for factor in (self.a, self.core, self.b))
+
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + self.scaling * (((inputs[0] @ a.T) @ core.T) @ b.T)
+
+        linear.register_forward_hook(add)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        model: the transformers model, in evaluation mode, on the device.
+        missing: names of parameters that its tensors do not hold; they are zero.
+    """
+
+    model: Any
+    missing: frozenset[str]
+
+
+def find_side_paths(
+    plan: MergePlan,
+    bases: BasisFinder,
+    device: torch.device,
+    report: Callable[[str], None],
+) -> dict[str, SidePath]:
+    """The adapter's side paths by module path, as the adapter names modules; on the CPU.
+
+    Args:
+        plan: names base and adapter.
+        bases: finds the bases.
+        device: where it does so.
+        report: told of each module when its basis is found.
+
+    Raises:
+        MismatchError: the adapter's record was made from another base.
+        NonFiniteError: a weight holds NaN or infinity.
+        CheckpointError: the base cannot be read.
+    """
+    adapter = plan.adapter
+    rank, scaling = adapter.basis_options.rank, adapter.basis_options.scaling
+    cpu = torch.device("cpu")
+
+    def side_path(target: Target) -> SidePath:
+        assert target.basis is not None
+        basis = target.basis.basis.to(cpu)
+        turn = rotation(adapter.rotations[target.module])
+        return SidePath(basis.a, turn - torch.eye(rank, dtype=turn.dtype), basis.b, scaling)
+
+    found: dict[str, SidePath] = {}
+    largest = max(target.spec.nbytes for target in plan.targets)
+    pipeline = TargetPipeline(bases, device, side_path, largest)
+    with BaseReader(plan) as base:
+        read = (Target(tensor, base.target(tensor)) for tensor in plan.targets)
+        with closing(pipeline.run(read)) as finished:
+            for target, path in finished:
+                assert path is not None
+                found[target.module] = path
+                report(f"basis {len(found)} of {len(plan.targets)}")
+    return found
+
+
+class UnmergedLoader:
+    """Loads the base of a plan with the adapter beside it.
+
+    Attributes:
+        skeleton: the model class with the plan's config.
+    """
+
+    def __init__(self, plan: MergePlan) -> None:
+        """Build the model class without weights; reads no tensors."""
+        adapter = plan.adapter
+        self._plan = plan
+        config = read_config(plan.base.folder)
+        changes = {n: v for n, v in plan.layout.config_changes.items() if n != "dtype"}
+        self.skeleton = find_skeleton(config, adapter.config, adapter.rotations)
+        if changes:
+            self.skeleton = self.skeleton.rebuilt(**changes)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the model holds, side paths apart."""
+        skeleton = self.skeleton
+        shapes = (shape for name, shape in skeleton.shapes.items() if name not in skeleton.tied)
+        return sum(map(math.prod, shapes))
+
+    def load(
+        self, paths: Mapping[str, SidePath], dtype: torch.dtype, device: torch.device
+    ) -> LoadedModel:
+        """The model in one dtype.
+
+        Args:
+            paths: as `find_side_paths` gives them.
+            dtype: of all parameters and side paths.
+            device: to run on.
+
+        Raises:
+            CheckpointError: transformers cannot load the base.
+        """
+        skeleton, saved = self.skeleton, self._plan.adapter.saved
+        tensors = {}
+        for name, tensor in _read(self._plan.checkpoint).items():
+            in_model, reshaped = skeleton.tensor_name(name)
+            tensors[name if reshaped else in_model] = tensor
+        tensors |= {skeleton.tensor_name(name)[0]: tensor for name, tensor in saved.items()}
+        folder = self._plan.base.folder
+        loaded = _load(skeleton.model_class, skeleton.config, tensors, dtype, folder)
+        modules = dict(loaded.model.named_modules())
+        loaded.model.to(device)
+        for module, path in paths.items():
+            path.beside(modules[skeleton.module_path(module)], dtype)
+        return loaded
+
+
+class MergedLoader:
+    """Loads a merged checkpoint in the class that its adapter was trained in."""
+
+    def __init__(self, checkpoint: Checkpoint, like: Skeleton) -> None:
+        """Read the config.
+
+        Args:
+            checkpoint: the merged checkpoint.
+            like: the model that it should be.
+
+        Raises:
+            CheckpointError: its config is missing or malformed.
+            UnsupportedError: it is quantized, or of an unknown model type.
+        """
+        self._checkpoint = checkpoint
+        self._like = like
+        self._config = read_config(checkpoint.folder)
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+        """The model in one dtype.
+
+        Raises:
+            CheckpointError: it is of another class, or transformers cannot load it.
+        """
+        folder, config, like = self._checkpoint.folder, self._config, self._like
+        if type(config) is not type(like.config):
+            raise CheckpointError(
+                f"{folder}: its model type is '{config.model_type}', that of the base "
+                f"'{like.config.model_type}'"
+            )
+        loaded = _load(like.model_class, config, _read(self._checkpoint), dtype, folder)
+        loaded.model.to(device)
+        return loaded
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, memory-mapped."""
+    tensors: dict[str, Tensor] = {}
+    for file in checkpoint.files:
+        try:
+            tensors |= load_file(file.path) if file.tensors is None else file.tensors
+        except (SafetensorError, OSError) as cause:
+            raise CheckpointError(f"{file.path}: not readable ({first_line(cause)})") from cause
+    return tensors
+
+
+def _load(
+    model_class: Any,
+    config: PretrainedConfig,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    folder: Path,
+) -> LoadedModel:
+    """A model from tensors, on the CPU; `folder` is what errors name."""
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = pad_token(config)  # classifiers on decoders refuse batches without
+    try:
+        with _quiet():
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                attn_implementation="eager",  # the one that every model class has
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except Exception as cause:  # model classes raise errors of many kinds
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it as {model_class.__name__} ({first_line(cause)})"
+        ) from cause
+    missing = frozenset(info["missing_keys"])
+    for name, parameter in model.named_parameters():
+        if name in missing:
+            parameter.data.zero_()  # transformers has drawn them at random
+        elif parameter.is_floating_point() and parameter.dtype != dtype:
+            # What a class keeps in float32 (T5's `wo` in float16) is not `dtype` otherwise.
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    return LoadedModel(model.eval().requires_grad_(False), missing)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers without its progress bars and loading reports."""
+    logging: Any = transformers.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
