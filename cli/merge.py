@@ -21,13 +21,18 @@ from psoft_export.cli.options import (
     PrivateOption,
     PushToOption,
     QuietOption,
+    ReportOption,
     RequireRecordOption,
     RevisionOption,
+    SummaryOption,
     SvdDeviceOption,
+    TextOption,
     TokenOption,
 )
-from psoft_export.cli.output import Output, basis_facts, print_facts, size
+from psoft_export.cli.output import Output, basis_facts, levels_run, print_facts, size
 from psoft_export.cli.push import Upload, print_push, with_push
+from psoft_export.cli.reports import Reports
+from psoft_export.errors import NotEquivalentError
 from psoft_export.planner import start_planner
 
 if TYPE_CHECKING:
@@ -67,6 +72,13 @@ def merge_command(
         str | None,
         typer.Option("--labels", help="Class names of a new classification head, comma-separated."),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Also compare what the models say; a minute or more."),
+    ] = False,
+    text: TextOption = None,
+    report_file: ReportOption = None,
+    summary_file: SummaryOption = None,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
@@ -90,8 +102,11 @@ def merge_command(
     upload = Upload.asked(
         push_to, private, revision, create_pr, commit_message, overwrite_card, token
     )
-    planner = None if dry_run else start_planner()  # loads transformers while torch is loaded here
-    from psoft_export import merge, plan_merge
+    reports = Reports(report_file, summary_file)
+    reports.check()
+    # Loads transformers while torch is loaded here; models that are run need it here as well.
+    planner = None if dry_run or verify else start_planner()
+    from psoft_export import VerificationReport, merge, plan_merge
 
     names = [name.strip() for name in labels.split(",")] if labels is not None else None
     if dry_run:
@@ -110,26 +125,34 @@ def merge_command(
         return
     if upload is not None:
         upload.prepare()
-    with out.merge_progress() as progress:
-        report = merge(
-            base,
-            adapter,
-            output,
-            device=device,
-            svd_device=svd_device,
-            require_record=require_record,
-            cache=not no_cache,
-            cache_dir=cache_dir,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            labels=names,
-            overwrite=overwrite,
-            token=token,
-            progress=progress,
-            planner=planner,
-        )
+    try:
+        with out.merge_progress() as progress:
+            report = merge(
+                base,
+                adapter,
+                output,
+                device=device,
+                svd_device=svd_device,
+                require_record=require_record,
+                cache=not no_cache,
+                cache_dir=cache_dir,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                labels=names,
+                verify_outputs=verify,
+                text=text,
+                overwrite=overwrite,
+                token=token,
+                progress=progress,
+                planner=planner,
+            )
+    except NotEquivalentError as error:
+        if isinstance(error.report, VerificationReport):
+            reports.write(out, error.report)
+        raise
     for warning in report.manifest["warnings"]:
         out.warn(warning)
+    reports.write(out, report.verification)
     pushed = upload.finish(out, output) if upload is not None else None
 
     def show(console: Console) -> None:
@@ -176,5 +199,6 @@ def _print_report(console: Console, report: "MergeReport") -> None:
         "orthogonality error": f"{max(m.orthogonality_error for m in modules):.1e}",
         "rounding error / ‖ΔW‖": f"{max(m.relative_rounding for m in modules):.2g} at most",
         **basis_facts(report.manifest["basis"], modules),
+        **{f"checked: {name}": text for name, text in levels_run(report.verification).items()},
     }
     print_facts(console, rows, report.output)

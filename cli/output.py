@@ -118,10 +118,7 @@ def print_verdict(console: Console, report: "VerificationReport") -> None:
     from psoft_export.manifest import basis_origin
     from psoft_export.reports import wording
 
-    rows = {
-        level.name: "; ".join(figures) or f"{level.status}: {level.reason}"
-        for level, figures in wording.in_brief(report)
-    }
+    rows = levels_run(report)
     if report.outputs is not None:
         rows["inputs"] = report.outputs.inputs
     table = Table.grid(padding=(0, 2))
@@ -135,6 +132,18 @@ def print_verdict(console: Console, report: "VerificationReport") -> None:
     verdict = wording.verdict(report)
     colour = {"good": "green", "bad": "red", "open": "yellow"}[verdict.kind]
     console.print(f"[bold {colour}]{verdict.title.lower()}[/]")
+
+
+def levels_run(report: "VerificationReport") -> dict[str, str]:
+    """The levels that were asked for, each in its most telling figures."""
+    from psoft_export.reports import wording
+
+    asked = {"weights": report.weights, "geometry": report.geometry, "outputs": report.outputs}
+    return {
+        level.name: "; ".join(figures) or f"{level.status}: {level.reason}"
+        for level, figures in wording.in_brief(report)
+        if asked[level.name] is not None
+    }
 
 
 def print_error(text: str) -> None:

@@ -12,12 +12,15 @@ from psoft_export.cli.options import (
     JsonOption,
     NoCacheOption,
     QuietOption,
+    ReportOption,
     RequireRecordOption,
+    SummaryOption,
     SvdDeviceOption,
     TextOption,
     TokenOption,
 )
 from psoft_export.cli.output import Output, print_verdict
+from psoft_export.cli.reports import Reports
 from psoft_export.errors import NotEquivalentError
 from psoft_export.planner import start_planner
 
@@ -29,6 +32,8 @@ EXAMPLES = """
   psoft-export verify --base ./base --adapter ./adapter --merged ./merged --level weights --json
 
   psoft-export verify --base ./base --adapter ./adapter --merged ./merged --text task.txt
+
+  psoft-export verify --base ./base --adapter ./adapter --merged ./merged --report report.html
 """
 
 
@@ -43,6 +48,8 @@ def verify_command(
         typer.Option("--level", help="What to compare: every tensor, what the models say, both."),
     ] = "all",
     text: TextOption = None,
+    report_file: ReportOption = None,
+    summary_file: SummaryOption = None,
     device: DeviceOption = "auto",
     svd_device: SvdDeviceOption = None,
     require_record: RequireRecordOption = False,
@@ -57,6 +64,8 @@ def verify_command(
     Exit code 0 when it is, 14 when it is not.
     """
     out = Output(quiet=quiet, as_json=as_json)  # before the Hub library reads its settings
+    reports = Reports(report_file, summary_file)
+    reports.check()
     planner = start_planner() if level == "weights" else None  # the others run models here
     from psoft_export import verify
 
@@ -78,7 +87,7 @@ def verify_command(
         )
     for warning in report.warnings:
         out.warn(warning)
+    reports.write(out, report)
     out.result(report.to_dict(), lambda console: print_verdict(console, report))
     if not report.equivalent:
-        more = f" (and {len(report.problems) - 1} more)" if report.problems[1:] else ""
-        raise NotEquivalentError(f"{merged}: not equivalent: {report.problems[0]}{more}")
+        raise NotEquivalentError(f"{merged}: not equivalent: {report.first_problem}")

@@ -88,6 +88,13 @@ class RecordMissingError(PsoftExportError):
 
 
 class NotEquivalentError(PsoftExportError):
-    """A checkpoint is not what its base and adapter mean."""
+    """A checkpoint is not what its base and adapter mean.
+
+    `report` is the `VerificationReport` that says in what, where the verification came to its end.
+    """
 
     exit_code = 14
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report

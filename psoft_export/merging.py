@@ -267,7 +267,9 @@ def execute_merge(
             warnings=tuple(content["warnings"]),
         )
         if not report.equivalent:
-            raise NotEquivalentError(f"{target}: {report.problems[0]}; nothing was written")
+            raise NotEquivalentError(
+                f"{target}: not equivalent, so nothing was written: {report.first_problem}", report
+            )
         companions.write_json(folder.path / FILENAME, content)
         folder.commit()
     return MergeReport(target, tuple(run.modules), report, content)

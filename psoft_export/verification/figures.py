@@ -238,6 +238,12 @@ class VerificationReport:
         return tuple(text for level in levels if level is not None for text in level.problems)
 
     @property
+    def first_problem(self) -> str:
+        """The first problem, and how many more there are; empty where there is none."""
+        first, *others = self.problems or ("",)
+        return f"{first} (and {len(others)} more)" if others else first
+
+    @property
     def equivalent(self) -> bool:
         """The verdict: nothing wrong at any level that was run."""
         return not self.problems
