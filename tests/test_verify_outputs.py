@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import PsoftConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -327,6 +328,49 @@ def test_states_before_a_head_that_nobody_holds(
     assert level.merged is not None and level.merged.top1 is level.merged.divergence is None
     plant(base, adapter, tmp_path / "merged", left_out, "encoder.layer.1.attention")
     assert not checked(base, adapter, tmp_path / "merged").equivalent
+
+
+@pytest.mark.parametrize(
+    ("family", "class_name", "task_type", "head", "output"),
+    [
+        ("llama", "LlamaForSequenceClassification", "SEQ_CLS", "score", "logits"),
+        (
+            "deberta",
+            "DebertaV2ForQuestionAnswering",
+            "QUESTION_ANS",
+            "qa_outputs",
+            "start_logits and end_logits",
+        ),
+        ("deberta", "DebertaV2ForTokenClassification", "TOKEN_CLS", "classifier", "logits"),
+        ("deberta", "DebertaV2Model", "FEATURE_EXTRACTION", None, "last_hidden_state"),
+    ],
+)
+def test_other_heads(
+    family: str,
+    class_name: str,
+    task_type: str,
+    head: str | None,
+    output: str,
+    base_folder: Any,
+    tmp_path: Path,
+) -> None:
+    base = base_folder(family)
+    config = PsoftConfig(
+        r=8,
+        psoft_alpha=16,
+        target_modules=list(models.FAMILIES[family].targets),
+        task_type=task_type,
+        modules_to_save=[head] if head else None,
+    )
+    model: Any = get_peft_model(getattr(transformers, class_name).from_pretrained(base), config)
+    models.perturb(model, 3)
+    model.save_pretrained(tmp_path / "adapter")
+    psoft_export.merge(base, tmp_path / "adapter", tmp_path / "merged", device="cpu", dtype="bf16")
+    level = checked(base, tmp_path / "adapter", tmp_path / "merged")
+    assert level.equivalent and level.skipped is None, level
+    assert level.output == output and level.generation is None
+    assert level.merged is not None
+    assert (level.merged.divergence is None) == (output != "logits")
 
 
 def test_a_tensor_that_the_merged_checkpoint_lacks(
