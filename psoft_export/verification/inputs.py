@@ -109,6 +109,12 @@ def pad_token(config: Any) -> int:
     return 0 if found is None else int(found)
 
 
+def decoder_start_token(config: Any) -> int:
+    """The token that a decoder starts with: the config's, or else the one that pads."""
+    found = getattr(config, "decoder_start_token_id", None)
+    return pad_token(config) if found is None else int(found)
+
+
 def _image_inputs(config: Any, generator: torch.Generator) -> Inputs:
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None) or _IMAGE_SIZE
@@ -209,8 +215,7 @@ class _TokenInputs:
         if self._is_seq2seq:
             length = min(_DECODER_LENGTH, self._lengths[-1])
             decoder = self._drawn(len(ids), length)
-            start = getattr(self._config, "decoder_start_token_id", None)
-            decoder[:, 0] = self._pad if start is None else start
+            decoder[:, 0] = decoder_start_token(self._config)
             arguments["decoder_input_ids"] = decoder
             return Batch(arguments, None, decoder.numel())
         return Batch(arguments, valid, ids.numel() if valid is None else int(valid.sum()))
