@@ -108,7 +108,8 @@ def _columns(basis: Basis, turn: Tensor, scaling: float) -> tuple[Tensor, Tensor
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    units: Tensor = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return units
 
 
 def _angles(units: Tensor) -> Tensor:
