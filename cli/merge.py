@@ -144,6 +144,7 @@ def merge_command(
                 overwrite=overwrite,
                 token=token,
                 progress=progress,
+                note=out.note,
                 planner=planner,
             )
     except NotEquivalentError as error:

@@ -83,6 +83,7 @@ def verify_command(
             cache_dir=cache_dir,
             token=token,
             progress=progress,
+            note=out.note,
             planner=planner,
         )
     for warning in report.warnings:

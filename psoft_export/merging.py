@@ -1,6 +1,6 @@
 """Merging an adapter into its base, from two references to a complete output folder."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def merge(
     overwrite: bool = False,
     token: str | None = None,
     progress: ProgressCallback | None = None,
+    note: Callable[[str], None] | None = None,
     planner: Planner | None = None,
 ) -> MergeReport:
     """Write the checkpoint in which a PSOFT adapter is merged into its base.
@@ -116,6 +117,7 @@ def merge(
         overwrite: replace a non-empty output folder.
         token: a Hub token; by default the one that `hf auth login` stored.
         progress: called after every piece of the output.
+        note: told in a few words of each step of `verify_outputs`.
         planner: the process that plans, from `start_planner`; by default this one does, and
             holds transformers (over 100 MB) to the end.
 
@@ -156,6 +158,7 @@ def merge(
         text=Path(text) if text is not None else None,
         overwrite=overwrite,
         progress=progress,
+        note=note,
     )
 
 
@@ -218,6 +221,7 @@ def execute_merge(
     text: Path | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> MergeReport:
     """Carry out a plan: write its output folder. Arguments, result and errors as of `merge`."""
     target = Path(output)
@@ -242,7 +246,7 @@ def execute_merge(
         if with_outputs:
             from psoft_export.verification.outputs import check_outputs  # loads transformers
 
-            outputs = check_outputs(plan, folder.path, bases, device=device, text=text)
+            outputs = check_outputs(plan, folder.path, bases, device=device, text=text, note=note)
         levels = {"weights": weights, "geometry": geometry, "outputs": outputs}
         content = describe_run(
             plan,

@@ -27,7 +27,7 @@ from huggingface_hub.hf_api import ModelInfo
 from psoft_export.adapters import basis_record, psoft
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.hub import checked_token, hub_problem, is_hub_id, is_valid_id
-from psoft_export.checkpoint.reader import open_checkpoint
+from psoft_export.checkpoint.reader import file_sha256, open_checkpoint
 from psoft_export.checkpoint.safetensors_file import read_header
 from psoft_export.errors import (
     AdapterError,
@@ -257,6 +257,7 @@ def _written_here(root: Path, files: dict[str, Path]) -> Publication:
             f"version of psoft-export publishes 'psoft-export', {FORMAT_VERSION}"
         )
     _check_verdict(root, manifest)
+    _check_unchanged(files, manifest)
     base = manifest.get("base") or {}
     from_hub = base.get("kind") == "hub" and is_hub_id(base.get("name"))
     linked = base["name"] if from_hub else (manifest.get("adapter") or {}).get("base_model")
@@ -337,6 +338,16 @@ def _check_verdict(root: Path, manifest: Mapping[str, Any]) -> None:
             raise NotEquivalentError(
                 f"{root}: by its {FILENAME} it is not what base and adapter mean ({level}); not "
                 "published. Merge again, or see 'psoft-export verify'"
+            )
+
+
+def _check_unchanged(files: Mapping[str, Path], manifest: Mapping[str, Any]) -> None:
+    """The weights must be the bytes that were written and checked."""
+    for name, sha256 in (manifest.get("files") or {}).items():
+        if name in files and file_sha256(files[name], CheckpointError) != sha256:
+            raise NotEquivalentError(
+                f"{files[name]}: has been changed since psoft-export wrote it, so what "
+                f"{FILENAME} says of it no longer holds; not published. Make the folder again"
             )
 
 

@@ -1,7 +1,7 @@
 """Verifying a merged checkpoint, from three references to one verdict."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -42,6 +42,7 @@ def verify(
     cache_dir: str | Path | None = None,
     token: str | None = None,
     progress: ProgressCallback | None = None,
+    note: Callable[[str], None] | None = None,
     planner: Planner | None = None,
 ) -> VerificationReport:
     """Whether a checkpoint is what base and adapter mean, and by how much it is not.
@@ -64,6 +65,7 @@ def verify(
         cache_dir: folder of that cache.
         token: a Hub token.
         progress: called after each tensor.
+        note: told in a few words of each step of the outputs level.
         planner: as for `merge`.
 
     Returns:
@@ -115,7 +117,7 @@ def verify(
         from psoft_export.verification.outputs import check_outputs  # loads transformers
 
         path = Path(text) if text is not None else None
-        outputs = check_outputs(plan, source.folder, bases, device=on, text=path)
+        outputs = check_outputs(plan, source.folder, bases, device=on, text=path, note=note)
     return VerificationReport(
         base=source_record(plan.base, hashes[0]),
         adapter=source_record(plan.adapter.source, plan.adapter.sha256),

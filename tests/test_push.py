@@ -404,3 +404,15 @@ def test_dry_run_asks_nothing(client: Client, hub: WritableHub, merged: Path) ->
     shown = client.done("push", merged, "me/merged", "--dry-run")
     assert shown["kind"] == "merged" and set(shown["files"]) == set(files.tree(merged))
     assert shown["card"].startswith("---\n") and not hub.requests
+
+
+def test_weights_changed_since_their_check_are_not_published(
+    client: Client, hub: WritableHub, merged: Path, tmp_path: Path
+) -> None:
+    folder = files.copy_of(merged, tmp_path / "merged")
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    ended = client("push", folder, "me/merged")
+    assert ended.returncode == NOT_EQUIVALENT
+    assert f"{path.name}: has been changed since psoft-export wrote it" in ended.stderr
+    assert hub.requests == []

@@ -6,7 +6,7 @@ stands; no weight is formed.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from psoft_export.algebra.rotation import rotation
 from psoft_export.bases import BasisFinder
 from psoft_export.checkpoint.reader import Checkpoint
 from psoft_export.errors import CheckpointError, first_line
 from psoft_export.model.skeleton import Skeleton, find_skeleton, read_config
 from psoft_export.pipeline import Target, TargetPipeline
 from psoft_export.plan import MergePlan
+from psoft_export.verification.evaluation import reference_rotation
 from psoft_export.verification.inputs import pad_token
 from psoft_export.weights import BaseReader
 
@@ -83,7 +83,6 @@ def find_side_paths(
     plan: MergePlan,
     bases: BasisFinder,
     device: torch.device,
-    report: Callable[[str], None],
 ) -> dict[str, SidePath]:
     """The adapter's side paths by module path, as the adapter names modules; on the CPU.
 
@@ -91,7 +90,6 @@ def find_side_paths(
         plan: names base and adapter.
         bases: finds the bases.
         device: where it does so.
-        report: told of each module when its basis is found.
 
     Raises:
         MismatchError: the adapter's record was made from another base.
@@ -105,7 +103,7 @@ def find_side_paths(
     def side_path(target: Target) -> SidePath:
         assert target.basis is not None
         basis = target.basis.basis.to(cpu)
-        turn = rotation(adapter.rotations[target.module])
+        turn = reference_rotation(adapter.rotations[target.module])
         return SidePath(basis.a, turn - torch.eye(rank, dtype=turn.dtype), basis.b, scaling)
 
     found: dict[str, SidePath] = {}
@@ -117,7 +115,6 @@ def find_side_paths(
             for target, path in finished:
                 assert path is not None
                 found[target.module] = path
-                report(f"basis {len(found)} of {len(plan.targets)}")
     return found
 
 

@@ -47,7 +47,7 @@ _KEPT_NUMBERS = 2**25  # of the truth's outputs: 128 MiB in float32
 _GIB = 2**30
 _COARSENESS = {code: torch.finfo(TORCH_DTYPES[code]).eps for code in ("F32", "F16", "BF16")}
 
-Report = Callable[[str], None]
+Note = Callable[[str], None]
 
 
 def check_outputs(
@@ -57,7 +57,7 @@ def check_outputs(
     *,
     device: torch.device,
     text: Path | None = None,
-    progress: Report | None = None,
+    note: Note | None = None,
 ) -> OutputsLevel:
     """Run the merged model beside base and unmerged adapter, and compare both with the truth.
 
@@ -82,7 +82,7 @@ def check_outputs(
         device: where the models run.
         text: a UTF-8 file whose tokens are run, and give the task loss; without one, random
             tokens or pixels.
-        progress: told in a few words of each step.
+        note: told in a few words of each step.
 
     Returns:
         The level; with `skipped` set where the model does not fit into memory, or is of a kind
@@ -95,7 +95,7 @@ def check_outputs(
         PsoftExportError: as of `bases.find`.
     """
     checkpoint = open_checkpoint(merged)
-    return _Check(plan, checkpoint, device, progress or (lambda _: None)).level(bases, text)
+    return _Check(plan, checkpoint, device, note or (lambda _: None)).level(bases, text)
 
 
 @dataclass
@@ -125,12 +125,12 @@ class _Check:
     """One run of the level."""
 
     def __init__(
-        self, plan: MergePlan, checkpoint: Checkpoint, device: torch.device, report: Report
+        self, plan: MergePlan, checkpoint: Checkpoint, device: torch.device, note: Note
     ) -> None:
         self._plan = plan
         self._checkpoint = checkpoint
         self._device = device
-        self._report = report
+        self._note = note
         self._code = _dtype_of(plan, checkpoint)
         self._truth_code = "F64" if self._code == "F32" else "F32"
         self._inputs: Inputs
@@ -144,7 +144,8 @@ class _Check:
         try:
             self._inputs = make_inputs(unmerged_loader.skeleton, self._checkpoint.folder, text)
             self._check_memory(unmerged_loader)
-            paths = find_side_paths(self._plan, bases, self._device, self._report)
+            self._note("running the models: bases")
+            paths = find_side_paths(self._plan, bases, self._device)
             with _full_precision():
                 return self._compared(unmerged_loader, merged_loader, paths)
         except CannotRunError as reason:
@@ -159,7 +160,7 @@ class _Check:
         paths: dict[str, SidePath],
     ) -> OutputsLevel:
         truth_dtype, dtype = TORCH_DTYPES[self._truth_code], TORCH_DTYPES[self._code]
-        self._report(f"base and adapter in {self._truth_code}, the truth")
+        self._note(f"running the models: base and adapter in {self._truth_code}, the truth")
         model = unmerged_loader.load(paths, truth_dtype, self._device)
         unknown = model.missing
         if unknown:  # then there are no logits, and nothing that follows from them
@@ -168,14 +169,14 @@ class _Check:
         del model
         release_freed_memory()
 
-        self._report(f"base and adapter in {self._code}")
+        self._note(f"running the models: base and adapter in {self._code}")
         unmerged_sum = DistanceSum(self._truth.are_logits)
         model = unmerged_loader.load(paths, dtype, self._device)
         unmerged = self._observe(model, unknown, self._adding_to(unmerged_sum))
         del model
         release_freed_memory()
 
-        self._report(f"the merged model in {self._code}")
+        self._note(f"running the models: the merged one in {self._code}")
         merged_sum = DistanceSum(self._truth.are_logits)
         problems = []
         merged = _Observed()
