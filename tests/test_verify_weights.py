@@ -448,3 +448,17 @@ def test_reports_are_plain_data(made: dict[Path, Path]) -> None:
     report = verify(made[RELAXED])
     assert json.loads(json.dumps(report.to_dict()))["equivalent"] is True
     assert dataclasses.is_dataclass(report)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+def test_a_gpu_finds_the_same(dtype: str | None, tmp_path: Path) -> None:
+    merge = psoft_export.merge(BASE, RELAXED, tmp_path / "merged", dtype=dtype, device="cuda")
+    for device in ("cuda", "cpu"):
+        report = psoft_export.verify(
+            BASE, RELAXED, tmp_path / "merged", level="weights", device=device
+        )
+        assert report.problems == ()
+        ours = [m.relative_error for m in report.weights.modules]
+        theirs = [m.relative_error for m in merge.verification.weights.modules]
+        assert ours == pytest.approx(theirs, rel=1e-6)

@@ -29,12 +29,15 @@ class Change:
         reach_left: a bound for each row (out), and
         reach_right: one for each column (in), whose products bound the sums of |terms| that the
             entries of ΔW are made of.
+        basis_doubt: how far A and B may be from those that the weight was merged with, relative
+            to their entries.
     """
 
     left: Tensor
     right: Tensor
     reach_left: Tensor
     reach_right: Tensor
+    basis_doubt: float = 0.0
 
     def of_rows(self, rows: slice) -> "Change":
         """The same of some rows of W."""
@@ -194,8 +197,10 @@ class Deviation:
         doubt = weight[row, column].to(torch.float64).abs()
         if self._change is not None:
             reach = self._change.reach_left[self._rows + row] * self._change.reach_right[column]
-            doubt = doubt + reach
-        allowed = 0.5 + self._slack * doubt / unit_in_last_place(exact[row, column], dtype)
+            doubt = self._slack * (doubt + reach) + 2 * self._change.basis_doubt * reach
+        else:
+            doubt = self._slack * doubt
+        allowed = 0.5 + doubt / unit_in_last_place(exact[row, column], dtype)
         return int((ulps[row, column] > allowed).sum())
 
 

@@ -119,11 +119,16 @@ class GeometryLevel:
         return {
             "equivalent": self.equivalent,
             "strict": all(m.strict for m in self.modules),
-            "orthogonality_error": max(m.orthogonality_error for m in self.modules),
-            "norm_change": max(m.norm_change for m in self.modules),
-            "angle_change": max(m.angle_change for m in self.modules),
-            "energy_change": max(m.energy_change for m in self.modules),
-            "basis_residual": max(m.basis_residual for m in self.modules),
+            **{
+                name: max((getattr(m, name) for m in self.modules), default=0.0)
+                for name in (
+                    "orthogonality_error",
+                    "norm_change",
+                    "angle_change",
+                    "energy_change",
+                    "basis_residual",
+                )
+            },
         }
 
 

@@ -389,7 +389,7 @@ class _Check:
             factor=FACTOR,
             generation=None,
             losses=None,
-            skipped=f"outputs were not compared: {reason}",
+            skipped=reason,
             problems=(),
         )
 
