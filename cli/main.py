@@ -70,14 +70,15 @@ def run(arguments: list[str]) -> int:
             print_error(message)
         return UsageError.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print_error("interrupted; nothing was written")
-        return _INTERRUPTED
+        code = _INTERRUPTED
     except Exception as error:
         if debug:
             traceback.print_exc()
         kind = type(error).__name__
         print_error(f"internal error, {kind}: {error} (PSOFT_EXPORT_DEBUG=1 shows where)")
         return PsoftExportError.exit_code
+    if code == _INTERRUPTED:  # typer turns Ctrl-C into this code
+        print_error("interrupted")
     return code if isinstance(code, int) else 0
 
 
