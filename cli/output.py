@@ -126,7 +126,7 @@ def print_verdict(console: Console, report: "VerificationReport") -> None:
         table.add_row(name, _escaped(value))
     console.print(table)
     for problem in report.problems[:_PROBLEMS]:
-        console.print(f"- {problem}", markup=False, highlight=False)
+        console.print(f"- {_printable(problem)}", markup=False, highlight=False)
     if len(report.problems) > _PROBLEMS:
         console.print(f"- and {len(report.problems) - _PROBLEMS} more (--json has them all)")
     verdict = wording.verdict(report)
@@ -163,4 +163,9 @@ def size(nbytes: float) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+    return _printable(text).replace("[", r"\[")
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: names come from files that anyone may have made."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psoft_export.cli.output import Output
+from psoft_export.errors import OutputError
 
 if TYPE_CHECKING:
     from psoft_export import VerificationReport
@@ -29,14 +30,17 @@ class Reports:
             check_file(self.summary)
 
     def write(self, out: Output, report: "VerificationReport") -> None:
-        """Write them."""
-        if self.page is not None:
-            from psoft_export.reports.page import write_page
+        """Write them; what cannot be written is a warning, for the verdict stands without it."""
+        try:
+            if self.page is not None:
+                from psoft_export.reports.page import write_page
 
-            write_page(report, self.page)
-            out.note(f"report written to {self.page}")
-        if self.summary is not None:
-            from psoft_export.reports.summary import write_summary
+                write_page(report, self.page)
+                out.note(f"report written to {self.page}")
+            if self.summary is not None:
+                from psoft_export.reports.summary import write_summary
 
-            write_summary(report, self.summary)
-            out.note(f"summary written to {self.summary}")
+                write_summary(report, self.summary)
+                out.note(f"summary written to {self.summary}")
+        except OutputError as error:
+            out.warn(str(error))

@@ -1,5 +1,7 @@
-"""Choosing the device that computes."""
+"""Choosing the device that computes, and how exactly it does."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -40,3 +42,17 @@ def workers_on(device: torch.device) -> int:
     On a CPU small weights keep few threads busy; a GPU is busy with one.
     """
     return min(torch.get_num_threads(), _MOST_WORKERS) if device.type == "cpu" else 1
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 products in float32, whatever the process has chosen for speed."""
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions

@@ -28,7 +28,7 @@ class AdapterError(PsoftExportError):
 
 
 class CheckpointError(PsoftExportError):
-    """The base checkpoint's files are missing, unreadable or malformed."""
+    """A checkpoint's files (the base's, a merged one's) are missing, unreadable or malformed."""
 
     exit_code = 4
 

@@ -31,7 +31,7 @@ from psoft_export.checkpoint.reader import file_sha256, raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.write_behind import WriteBehind
 from psoft_export.checkpoint.writer import ShardWriter
-from psoft_export.device import workers_on
+from psoft_export.device import full_precision, workers_on
 from psoft_export.errors import NonFiniteError, NotEquivalentError, OutputError
 from psoft_export.manifest import ModuleReport
 from psoft_export.pipeline import Progress, ProgressCallback, Target, TargetPipeline, damaged
@@ -121,6 +121,7 @@ class Run:
     def write_weights(self, folder: Path) -> None:
         """Write every weight file into `folder`."""
         with ExitStack() as stack:
+            stack.enter_context(full_precision())
             sink = stack.enter_context(_ShardSink(folder, self._plan.layout.shards, self.files))
             writer = stack.enter_context(WriteBehind(sink.write, _CHUNKS_AHEAD))
             pieces = stack.enter_context(closing(self._pieces()))

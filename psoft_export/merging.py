@@ -44,7 +44,8 @@ from psoft_export.manifest import (
 from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan, OutputOptions
 from psoft_export.planner import Planner
-from psoft_export.verification.figures import VerificationReport
+from psoft_export.verification.figures import OutputsLevel, VerificationReport
+from psoft_export.verification.text import read_text
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def merge(
     """
     if text is not None and not verify_outputs:
         raise UsageError("text: is for checking outputs; pass --verify with it")
+    if text is not None:
+        read_text(Path(text))  # refused now rather than after the merge
     chosen = choose_device(device)
     trained_on = choose_device(svd_device) if svd_device is not None else None
     store = open_cache(cache_dir) if cache else None
@@ -257,6 +260,7 @@ def execute_merge(
             options,
             run.modules,
             files=run.files,
+            warnings=outputs_warning(outputs),
             verification={name: lv.summary() if lv else None for name, lv in levels.items()},
         )
         report = VerificationReport(
@@ -277,6 +281,13 @@ def execute_merge(
         companions.write_json(folder.path / FILENAME, content)
         folder.commit()
     return MergeReport(target, tuple(run.modules), report, content)
+
+
+def outputs_warning(outputs: OutputsLevel | None) -> list[str]:
+    """What to say where models were to be run and were not."""
+    if outputs is None or outputs.skipped is None:
+        return []
+    return [f"outputs were not compared: {outputs.skipped}"]
 
 
 def check_apart(target: Path, plan: MergePlan) -> None:

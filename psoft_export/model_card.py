@@ -285,7 +285,7 @@ def _verdict(verification: Mapping[str, Any]) -> str:
         )
     weights, outputs = levels
     lines = []
-    if weights:
+    if weights and weights.get("equivalent") is True:
         lines.append(
             f"Weights: **equivalent**. Against W + ΔW in float64, the {weights['merged_tensors']} "
             f"merged tensors are off by {weights['largest_error_ulp']:.3g} units in the last "
@@ -350,6 +350,7 @@ def _code(text: str) -> str:
 
 
 def _plain(text: object) -> str:
-    """A text on one line; of local paths only the last part is left."""
-    line = " ".join(str(text).split()).replace("<", "&lt;")
-    return _PATH.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], line)
+    """A text on one line without markup or links; of local paths only the last part is left."""
+    line = " ".join(str(text).split())
+    line = _PATH.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], line)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", line).replace("<", "&lt;").replace("://", "&#58;//")

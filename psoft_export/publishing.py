@@ -185,6 +185,7 @@ def push(
             commit_message=commit_message or _MESSAGES[publication.kind],
             revision=revision,
             create_pr=create_pr,
+            parent_commit=there.sha,  # what the card and the removals were decided on
         )
     kept = card is None or own_card is not None
     return PushReport(
@@ -257,7 +258,6 @@ def _written_here(root: Path, files: dict[str, Path]) -> Publication:
             f"version of psoft-export publishes 'psoft-export', {FORMAT_VERSION}"
         )
     _check_verdict(root, manifest)
-    _check_unchanged(files, manifest)
     base = manifest.get("base") or {}
     from_hub = base.get("kind") == "hub" and is_hub_id(base.get("name"))
     linked = base["name"] if from_hub else (manifest.get("adapter") or {}).get("base_model")
@@ -265,6 +265,7 @@ def _written_here(root: Path, files: dict[str, Path]) -> Publication:
     if psoft.CONFIG in files:
         config = _json(files[psoft.CONFIG])
         read_header(root / psoft.SAFETENSORS, AdapterError)
+        _check_unchanged(root, {psoft.SAFETENSORS}, manifest)
         return Publication(
             root,
             "lora",
@@ -276,7 +277,8 @@ def _written_here(root: Path, files: dict[str, Path]) -> Publication:
         )
     if companions.CONFIG not in files:
         raise CheckpointError(f"{root / companions.CONFIG}: no such file; make the folder again")
-    open_checkpoint(root)
+    loaded = {file.name for file in open_checkpoint(root).files}
+    _check_unchanged(root, loaded, manifest)
     return Publication(
         root,
         "merged",
@@ -289,6 +291,8 @@ def _written_here(root: Path, files: dict[str, Path]) -> Publication:
 
 
 def _psoft_adapter(root: Path, files: dict[str, Path]) -> Publication:
+    # Only what belongs to an adapter: a Trainer's folder holds optimizer states and pickles too.
+    files = {name: files[name] for name in psoft.adapter_files(files)}
     summary = inspect(root)
     config = _json(files[psoft.CONFIG])
     warnings = _path_warning(config)
@@ -341,14 +345,23 @@ def _check_verdict(root: Path, manifest: Mapping[str, Any]) -> None:
             )
 
 
-def _check_unchanged(files: Mapping[str, Path], manifest: Mapping[str, Any]) -> None:
-    """The weights must be the bytes that were written and checked."""
-    for name, sha256 in (manifest.get("files") or {}).items():
-        if name in files and file_sha256(files[name], CheckpointError) != sha256:
-            raise NotEquivalentError(
-                f"{files[name]}: has been changed since psoft-export wrote it, so what "
-                f"{FILENAME} says of it no longer holds; not published. Make the folder again"
-            )
+def _check_unchanged(root: Path, loaded: set[str], manifest: Mapping[str, Any]) -> None:
+    """The weights that a loader takes must be the bytes that were written and checked."""
+    written: Mapping[str, str] = manifest.get("files") or {}
+    for name in sorted(loaded | written.keys()):
+        path = root / name
+        if name not in written:
+            why = "is not what psoft-export wrote here"
+        elif name not in loaded:
+            why = "is missing, or other weights are loaded in its place"
+        elif file_sha256(path, CheckpointError) != written[name]:
+            why = "has been changed since psoft-export wrote it"
+        else:
+            continue
+        raise NotEquivalentError(
+            f"{path}: {why}, so what {FILENAME} says no longer holds; not published. Make the "
+            "folder again"
+        )
 
 
 def _own_card(root: Path) -> str | None:

@@ -1,7 +1,7 @@
 """Verifying a merged checkpoint, from three references to one verdict."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,20 +12,36 @@ from psoft_export.adapters import psoft
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import open_cache
 from psoft_export.checkpoint import companions
-from psoft_export.checkpoint.reader import open_checkpoint
+from psoft_export.checkpoint.reader import Checkpoint, file_sha256, open_checkpoint
 from psoft_export.checkpoint.source import resolve
 from psoft_export.device import choose_device
 from psoft_export.errors import CheckpointError, UsageError
 from psoft_export.manifest import FILENAME, source_record
-from psoft_export.merging import base_files, plan_merge
+from psoft_export.merging import base_files, outputs_warning, plan_merge
 from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.planner import Planner
 from psoft_export.verification.evaluation import DOUBLE
 from psoft_export.verification.figures import VerificationReport
+from psoft_export.verification.text import read_text
 from psoft_export.verification.weights import check_weights
 
 Level = Literal["weights", "outputs", "all"]
+
+# Fields of a config that say who wrote it, or follow from other checks.
+_SAID_BY_WRITER = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+    "num_labels",
+}
+_COARSE = (
+    f"by its {FILENAME}, ΔW was formed in float32 (a GPU without fast float64): entries count as "
+    "the nearest number within what that leaves open"
+)
 
 
 def verify(
@@ -87,14 +103,19 @@ def verify(
         raise UsageError(f"level '{level}' is not one of {', '.join(get_args(Level))}")
     if text is not None and level == "weights":
         raise UsageError("text: is for the outputs level; pass --level outputs or all")
+    path = Path(text) if text is not None else None
+    if path is not None:
+        read_text(path)  # refused now rather than after the weights
     on = choose_device(device)
     trained_on = choose_device(svd_device) if svd_device is not None else None
     store = open_cache(cache_dir) if cache else None
     plan = plan_merge(base, adapter, require_record=require_record, token=token, planner=planner)
-    source = resolve(merged, companions.CONFIG, base_files, token=token)
+    source = resolve(merged, companions.CONFIG, _merged_files, token=token)
     checkpoint = open_checkpoint(source.folder)
     bases = BasisFinder(plan.adapter, device=on, svd_device=trained_on, cache=store)
     origin = _read_manifest(source.folder)
+    unit = _product_unit(origin)
+    coarse = [_COARSE] if unit != DOUBLE else []
     weights = geometry = outputs = None
     hashes: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})
     if level != "outputs":
@@ -103,12 +124,12 @@ def verify(
             checkpoint,
             bases,
             device=on,
-            product_unit=_product_unit(origin),
+            product_unit=unit,
             progress=progress,
         )
         hashes = checked.base_sha256, checked.merged_sha256
         problems = (
-            *_config_problems(plan, source.folder),
+            *_folder_problems(plan, source.folder),
             *_origin_problems(origin, plan, *hashes),
             *checked.weights.problems,
         )
@@ -116,8 +137,9 @@ def verify(
     if level != "weights":
         from psoft_export.verification.outputs import check_outputs  # loads transformers
 
-        path = Path(text) if text is not None else None
         outputs = check_outputs(plan, source.folder, bases, device=on, text=path, note=note)
+    if level == "outputs":
+        hashes = _weight_hashes(plan.checkpoint), _weight_hashes(checkpoint)
     return VerificationReport(
         base=source_record(plan.base, hashes[0]),
         adapter=source_record(plan.adapter.source, plan.adapter.sha256),
@@ -127,7 +149,7 @@ def verify(
         weights=weights,
         geometry=geometry,
         outputs=outputs,
-        warnings=(*plan.warnings, *bases.warnings),
+        warnings=(*plan.warnings, *bases.warnings, *outputs_warning(outputs), *coarse),
     )
 
 
@@ -159,23 +181,53 @@ def _product_unit(origin: Mapping[str, Any] | None) -> float:
     return torch.finfo(torch.float32).eps / 2 if single else DOUBLE
 
 
-def _config_problems(plan: MergePlan, folder: Path) -> list[str]:
-    """Fields of `config.json` that the adapter's own tensors (a new head) make necessary."""
-    path = folder / companions.CONFIG
-    try:
-        config = dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as cause:
-        raise CheckpointError(f"{path}: not readable JSON") from cause
-    changes = plan.layout.config_changes
-    found = [
-        f"config.json: {field} is {config.get(field)!r}; {changes[field]!r} is needed"
-        for field in ("architectures", "vocab_size")
-        if field in changes and config.get(field) != changes[field]
-    ]
+def _merged_files(names: Iterable[str]) -> list[str]:
+    """Of a Hub repository's file names, those to fetch of a merged checkpoint."""
+    names = list(names)
+    beside = [name for name in (FILENAME, psoft.CONFIG) if name in names]
+    return [*base_files(names), *beside]
+
+
+def _weight_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    return {file.name: file_sha256(file.path, CheckpointError) for file in checkpoint.files}
+
+
+def _folder_problems(plan: MergePlan, folder: Path) -> list[str]:
+    """What is wrong beside the weights: another config, or an adapter that would be loaded too.
+
+    Of `config.json` the fields that both have must agree, but for those that say who wrote it and
+    in which dtype; and what the adapter's own tensors (a new head) make necessary.
+    """
+    config, changes = _read_config(folder), plan.layout.config_changes
+    expected = {n: v for n, v in _read_config(plan.base.folder).items() if n not in changes}
+    expected |= {n: changes[n] for n in ("architectures", "vocab_size") if n in changes}
+    found = [f"config.json: {text}" for text in _differing(expected, config)]
     labels = len(changes.get("id2label", ()))
     if labels and len(config.get("id2label") or ()) != labels:
         found.append(f"config.json: id2label does not name the head's {labels} classes")
+    if (folder / psoft.CONFIG).exists():
+        found.append(
+            f"{psoft.CONFIG}: is beside the merged weights; with PEFT installed, transformers "
+            "would apply that adapter on top of them"
+        )
     return found
+
+
+def _differing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    for field in sorted((expected.keys() & found.keys()) - _SAID_BY_WRITER):
+        ours, theirs = expected[field], found[field]
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            yield from (f"{field}: {text}" for text in _differing(ours, theirs))
+        elif ours != theirs:
+            yield f"{field} is {theirs!r}; {ours!r} is needed"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / companions.CONFIG
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as cause:
+        raise CheckpointError(f"{path}: not readable JSON") from cause
 
 
 def _origin_problems(

@@ -94,6 +94,7 @@ def hub(case: Case) -> list[str]:
 
 
 def missing_extra(case: Case) -> list[str]:
+    case.patch.delitem(sys.modules, "psoft_export.plots", raising=False)
     case.patch.setitem(sys.modules, "matplotlib", None)
     return ["inspect", str(case.adapter), "--plot", str(case.folder / "angles.png")]
 

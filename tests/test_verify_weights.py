@@ -462,3 +462,89 @@ def test_a_gpu_finds_the_same(dtype: str | None, tmp_path: Path) -> None:
         ours = [m.relative_error for m in report.weights.modules]
         theirs = [m.relative_error for m in merge.verification.weights.modules]
         assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_an_adapter_beside_merged_weights_is_found(merged: Path) -> None:
+    (merged / "adapter_config.json").write_text("{}")
+    assert "would apply that adapter on top" in one_problem(verify(merged))
+
+
+def test_a_config_of_another_model_is_found(merged: Path) -> None:
+    files.edit_json(merged / "config.json", rms_norm_eps=1e-3, transformers_version="1.0")
+    assert "rms_norm_eps is 0.001; 1e-06 is needed" in one_problem(verify(merged))
+
+
+def test_half_turns_are_no_fault(llama: Path, tmp_path: Path) -> None:
+    """Near 180° the Cayley transform magnifies rounding; the bound knows."""
+    adapter = models.save_adapter("llama", llama, tmp_path / "adapter")
+
+    def grow(tensors: Tensors) -> Tensors:
+        return {n: t * 3000 if n.endswith("psoft_R.weight") else t for n, t in tensors.items()}
+
+    files.edit_tensors(adapter / "adapter_model.safetensors", grow)
+    merge = psoft_export.merge(llama, adapter, tmp_path / "merged", dtype="fp32")
+    assert max(module.largest_angle for module in merge.modules) > 179.5
+    assert verify(tmp_path / "merged", llama, adapter).equivalent
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_neighbour_below_a_power_of_two_is_not_nearest(dtype: torch.dtype) -> None:
+    weight = torch.ones(2, 3)
+    of = change(torch.zeros(1, 3), torch.zeros(2, 1), torch.eye(1).double(), 1.0)
+    given = weight.to(dtype, copy=True)
+    assert measure(weight, [given], of).not_nearest == 0
+    given[1, 2] = 1 - torch.finfo(dtype).eps / 2
+    assert measure(weight, [given], of).not_nearest == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_another_number_of_threads_finds_the_same(
+    threads: int, dtype: str, made: dict[Path, Path], tmp_path: Path
+) -> None:
+    """The solver's vectors may differ in their last bits; the verdict does not."""
+    psoft_export.merge(BASE, RELAXED, tmp_path / "merged", dtype=dtype, cache=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        report = psoft_export.verify(
+            BASE, RELAXED, tmp_path / "merged", level="weights", cache=False
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert report.problems == ()
+
+
+def test_a_rescaled_basis_is_found(made: dict[Path, Path], tmp_path: Path) -> None:
+    adapter = tmp_path / "full"
+    psoft_export.convert(BASE, RELAXED, adapter, to="full")
+    path, name = adapter / "psoft_basis.safetensors", "model.layers.0.mlp.up_proj"
+    tensors = load_file(path)
+    wrong = {f"{name}.A": tensors[f"{name}.A"] * 2, f"{name}.B": tensors[f"{name}.B"] / 2}
+    files.edit_keeping_metadata(path, **wrong)
+    (found,) = verify(made[RELAXED], adapter=adapter).geometry.problems
+    assert f"module '{name}': its basis is not one of this weight" in found
+
+
+def test_a_level_that_was_not_run_is_no_pass(
+    made: dict[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("psoft_export.verification.outputs.available_bytes", lambda _: 1000)
+    line = ["verify", "--base", str(BASE), "--adapter", str(RELAXED), "--merged"]
+    assert run([*line, str(made[RELAXED]), "--level", "outputs"]) == 14
+    said = capsys.readouterr()
+    assert said.out.rstrip().endswith("not checked") and "GiB" in said.err
+    assert run([*line, str(made[RELAXED]), "--level", "all"]) == 0
+    said = capsys.readouterr()
+    assert "warning: outputs were not compared: base and adapter in F32 need" in said.err
+
+
+def test_control_characters_of_names_reach_no_terminal(
+    merged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(merged, lambda t: t | {"x\n::error::\x1b[2Jequivalent": torch.zeros(1)})
+    line = ["verify", "--base", str(BASE), "--adapter", str(RELAXED), "--level", "weights"]
+    assert run([*line, "--merged", str(merged)]) == 14
+    said = capsys.readouterr()
+    assert "\x1b[2J" not in said.out + said.err
+    assert not any(text.startswith("::error") for text in (said.out + said.err).splitlines())

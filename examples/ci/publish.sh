@@ -10,7 +10,7 @@
 set -euo pipefail
 base=$1 adapter=$2 repository=$3 text=${4:-}
 
-psoft-export merge --base "$base" --adapter "$adapter" --output merged \
+psoft-export merge --base "$base" --adapter "$adapter" --output merged --overwrite \
     --require-record --verify ${text:+--text "$text"} \
     --report report.html --summary summary.md --json > merge.json
 

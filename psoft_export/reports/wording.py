@@ -89,6 +89,8 @@ class Comparison:
 def verdict(report: VerificationReport) -> Verdict:
     """The verdict, and what it rests on."""
     run = [level.name for level in levels(report) if level.kind != "open"]
+    if not run:
+        return Verdict("open", "NOT CHECKED", "No level was run, so there is no verdict.")
     if not report.equivalent:
         count = len(report.problems)
         return Verdict(
@@ -97,8 +99,6 @@ def verdict(report: VerificationReport) -> Verdict:
             "The merged checkpoint is not what base and adapter mean: "
             f"{count} problem{'s' if count > 1 else ''} found.",
         )
-    if not run:
-        return Verdict("open", "NOT CHECKED", "No level was run, so there is no verdict.")
     unknown = "" if report.basis["record"] else _NOT_RECORDED
     checked = " and ".join((", ".join(run[:-1]), run[-1])) if len(run) > 1 else run[0]
     return Verdict(

@@ -31,6 +31,7 @@ class Change:
             entries of ΔW are made of.
         basis_doubt: how far A and B may be from those that the weight was merged with, relative
             to their entries.
+        condition: of the system that the rotation solves, at least 1.
     """
 
     left: Tensor
@@ -38,6 +39,7 @@ class Change:
     reach_left: Tensor
     reach_right: Tensor
     basis_doubt: float = 0.0
+    condition: float = 1.0
 
     def of_rows(self, rows: slice) -> "Change":
         """The same of some rows of W."""
@@ -56,10 +58,7 @@ def reference_rotation(parameters: RotationParameters) -> Tensor:
     if not parameters.orthogonal:
         turn = stored.clone()
     else:
-        above = torch.ones(rank, rank, dtype=torch.bool).triu(1)
-        generator = torch.zeros(rank, rank, dtype=torch.float64)
-        generator[above] = stored  # row by row, as triu_indices goes
-        generator = generator.sub(generator.mT)
+        generator = _generator(parameters)
         if parameters.series is None:
             turn = 2 * torch.linalg.inv(identity - generator) - identity
         else:
@@ -68,6 +67,26 @@ def reference_rotation(parameters: RotationParameters) -> Tensor:
         if vector is not None:
             turn = turn * vector.to("cpu", torch.float64).reshape(shape)
     return turn
+
+
+def rotation_condition(parameters: RotationParameters) -> float:
+    """How much a rotation magnifies rounding: ‖I − Q‖₂ of the exact Cayley transform, else 1.
+
+    ‖(I − Q)⁻¹‖₂ is at most 1. Towards half turns ‖I − Q‖₂ = 1 / cos(angle / 2) grows.
+    """
+    if not parameters.orthogonal or parameters.series is not None:
+        return 1.0
+    system = torch.eye(parameters.rank, dtype=torch.float64) - _generator(parameters)
+    return float(torch.linalg.matrix_norm(system, 2))
+
+
+def _generator(parameters: RotationParameters) -> Tensor:
+    """Q from its entries above the diagonal, row by row as `triu_indices` goes."""
+    rank = parameters.rank
+    above = torch.ones(rank, rank, dtype=torch.bool).triu(1)
+    upper = torch.zeros(rank, rank, dtype=torch.float64)
+    upper[above] = parameters.weight.to("cpu", torch.float64)
+    return upper - upper.mT
 
 
 def _series(generator: Tensor, terms: int, max_norm: float | None) -> Tensor:
@@ -125,8 +144,11 @@ class Deviation:
         self._change = of
         terms = 0 if of is None else of.left.shape[1]
         # Both evaluations err: γ_n of a dot product (Higham, Accuracy and Stability of Numerical
-        # Algorithms, section 3.1), with a few roundings for the factors and the sum.
+        # Algorithms, section 3.1), with a few roundings for the factors and the sum. The rotation
+        # adds its own, twice.
         self._slack = (terms + 4) * (DOUBLE + product_unit)
+        if of is not None:
+            self._slack += (terms + 4) * 2 * DOUBLE * (of.condition - 1)
         self._rows = 0
         self._error = self._exact = self._delta = self._weight = self._along = 0.0
 
@@ -172,9 +194,10 @@ class Deviation:
             if not math.isfinite(self._error):
                 error = torch.where(written == exact, 0.0, error)  # both the same infinity
             ulps = error.abs_().div_(unit_in_last_place(exact, given.dtype)).nan_to_num_(math.inf)
-            self.largest_ulp = max(self.largest_ulp, float(ulps.max()) if ulps.numel() else 0.0)
-            if self.largest_ulp > 0.5:
-                self.not_nearest += self._count_beyond(weight[rows], ulps, exact, given.dtype)
+            largest = float(ulps.max()) if ulps.numel() else 0.0
+            self.largest_ulp = max(self.largest_ulp, largest)
+            if largest >= 0.5:
+                self.not_nearest += self._count_beyond(weight[rows], ulps, exact, given[rows])
             self._rows += len(exact)
 
     def _tiles(self, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -191,17 +214,22 @@ class Deviation:
                 exact = exact + delta
             yield start, exact, delta
 
-    def _count_beyond(self, weight: Tensor, ulps: Tensor, exact: Tensor, dtype: torch.dtype) -> int:
+    def _count_beyond(self, weight: Tensor, ulps: Tensor, exact: Tensor, given: Tensor) -> int:
         """Entries of one tile that are not the nearest number, beyond doubt."""
-        row, column = (ulps > 0.5).nonzero(as_tuple=True)
+        row, column = (ulps >= 0.5).nonzero(as_tuple=True)
         doubt = weight[row, column].to(torch.float64).abs()
         if self._change is not None:
             reach = self._change.reach_left[self._rows + row] * self._change.reach_right[column]
             doubt = self._slack * (doubt + reach) + 2 * self._change.basis_doubt * reach
         else:
             doubt = self._slack * doubt
-        allowed = 0.5 + doubt / unit_in_last_place(exact[row, column], dtype)
-        return int((ulps[row, column] > allowed).sum())
+        at, unit = exact[row, column], unit_in_last_place(exact[row, column], given.dtype)
+        # Below a power of two numbers are spaced half as wide, down to the subnormals.
+        limits = torch.finfo(given.dtype)
+        at_power = (at.abs() == unit / limits.eps) & (at.abs() > limits.tiny)
+        inwards = given[row, column].to(torch.float64).abs() < at.abs()
+        half_unit = torch.where(at_power & inwards, 0.25, 0.5)
+        return int((ulps[row, column] > half_unit + doubt / unit).sum())
 
 
 def measure(

@@ -86,7 +86,8 @@ class GeometryFigures:
         norm_change: largest |‖after‖ / ‖before‖ − 1|.
         angle_change: largest change of a pairwise angle, in degrees.
         energy_change: |after / before − 1| of the hyperspherical energy Σ 1 / ‖ŵᵢ − ŵⱼ‖.
-        basis_residual: largest ‖W vᵢ − σᵢ uᵢ‖ / σ₁: how well the basis is one of W.
+        basis_residual: how well the basis is one of W: the largest of ‖W vᵢ − σᵢ uᵢ‖ / σ₁, of
+            |⟨vᵢ, vⱼ⟩ − δᵢⱼ|, and of what the lengths of A's rows are off.
         largest_angle: largest rotation angle, in degrees.
         median_angle: median rotation angle, in degrees.
     """
@@ -240,7 +241,11 @@ class VerificationReport:
     def problems(self) -> tuple[str, ...]:
         """All that is wrong, over all levels."""
         levels = (self.weights, self.geometry, self.outputs)
-        return tuple(text for level in levels if level is not None for text in level.problems)
+        found = tuple(text for level in levels if level is not None for text in level.problems)
+        skipped = self.outputs.skipped if self.outputs is not None else None
+        if skipped is not None and self.weights is self.geometry is None:
+            return (*found, f"outputs: not compared, and nothing else was: {skipped}")
+        return found
 
     @property
     def first_problem(self) -> str:
@@ -250,7 +255,7 @@ class VerificationReport:
 
     @property
     def equivalent(self) -> bool:
-        """The verdict: nothing wrong at any level that was run."""
+        """The verdict: nothing wrong at any level that was run, and not none of those asked."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:

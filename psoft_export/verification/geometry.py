@@ -63,7 +63,13 @@ def examine(
         norm_change=_largest(changed),
         angle_change=_largest(angles),
         energy_change=abs(_energy(second) / energy - 1) if (energy := _energy(first)) else 0.0,
-        basis_residual=_residual(weight, down, basis.b.double(), options.scaling),
+        basis_residual=_residual(
+            weight,
+            down,
+            basis.b.double(),
+            options.scaling,
+            balanced=options.initialisation == "pissa_init",
+        ),
         largest_angle=float(turned[0]),
         median_angle=float(turned.median()),
     )
@@ -134,17 +140,26 @@ def _distances(first: Tensor, second: Tensor) -> Tensor:
     return distances
 
 
-def _residual(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> float:
-    """Largest ‖W vᵢ − σᵢ uᵢ‖ / σ₁ of a basis, in float64, W in row blocks."""
+def _residual(weight: Tensor, down: Tensor, up: Tensor, scaling: float, *, balanced: bool) -> float:
+    """How far A and B are from singular vectors of W, in float64, W in row blocks.
+
+    The largest of ‖W vᵢ − σᵢ uᵢ‖ / σ₁, of |⟨vᵢ, vⱼ⟩ − δᵢⱼ|, and of what the lengths of A's rows
+    are off (1 for `psoft_init`, those of B's columns for `pissa_init`).
+    """
     lengths = torch.linalg.vector_norm(down, dim=1)
-    right = (down / lengths[:, None]).T
-    image = scaling * up * lengths  # σᵢ uᵢ in either initialisation
-    squares = torch.zeros_like(lengths)
+    used = lengths > 0  # of `pissa_init`, none where σᵢ is 0
+    right = (down[used] / lengths[used, None]).T
+    image = (scaling * up * lengths)[:, used]  # σᵢ uᵢ in either initialisation
+    wanted = torch.linalg.vector_norm(up, dim=0) if balanced else torch.ones_like(lengths)
+    off = _largest(lengths - wanted) / (_largest(wanted) or 1.0)
+    gram = right.T @ right
+    off = max(off, _largest(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
+    squares = torch.zeros_like(lengths[used])
     for start in range(0, weight.shape[0], _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
         squares += (weight[rows].double() @ right - image[rows]).square().sum(dim=0)
-    largest = torch.linalg.vector_norm(image, dim=0).max()
-    return float(squares.sqrt().max() / largest) if largest else math.inf
+    largest = _largest(torch.linalg.vector_norm(image, dim=0)) or 1.0  # W is zero
+    return max(off, _largest(squares.sqrt()) / largest)
 
 
 def _is_one(vector: Tensor | None) -> bool:

@@ -3,7 +3,6 @@
 Made from the model's class and config alone, the same in every run.
 """
 
-import codecs
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from psoft_export.errors import UsageError, first_line
+from psoft_export.errors import UsageError
 from psoft_export.model.skeleton import Skeleton
+from psoft_export.plan import MergePlan
+from psoft_export.verification.text import read_text
 
 _SEED = 20260101
 _ROWS = 4  # sequences of each length
@@ -27,7 +28,6 @@ _NEW_TOKENS = 24
 _WINDOWS = 8  # of the text, for the task loss
 _IMAGES = 16
 _IMAGE_SIZE = 224  # where the config does not say
-_TEXT_BYTES = 2**20
 _SPARE_POSITIONS = 2  # RoBERTa's first two are never a token's
 _VOCABULARIES = (
     "tokenizer.json",
@@ -80,12 +80,12 @@ class Inputs:
     words: str
 
 
-def make_inputs(skeleton: Skeleton, merged: Path, text: Path | None) -> Inputs:
+def make_inputs(skeleton: Skeleton, folder: Path, text: Path | None) -> Inputs:
     """The inputs for a model.
 
     Args:
         skeleton: its class and config.
-        merged: folder that holds the tokenizer.
+        folder: where the tokenizer is.
         text: a UTF-8 file, of which the first MiB is read, or None.
 
     Raises:
@@ -100,7 +100,20 @@ def make_inputs(skeleton: Skeleton, merged: Path, text: Path | None) -> Inputs:
         return _image_inputs(skeleton.config, generator)
     if kind != "input_ids":
         raise CannotRunError(f"{skeleton.class_name} takes '{kind}', neither tokens nor images")
-    return _TokenInputs(skeleton, merged, text, generator).made()
+    return _TokenInputs(skeleton, folder, text, generator).made()
+
+
+def tokenizer_folder(plan: MergePlan) -> Path:
+    """The folder whose tokenizer belongs to the merge: the adapter's if it brings one.
+
+    Never the merged one's: what is checked does not choose what it is checked on.
+    """
+    adapter = plan.adapter.source.folder
+    return adapter if _has_vocabulary(adapter) else plan.base.folder
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def pad_token(config: Any) -> int:
@@ -129,7 +142,7 @@ class _TokenInputs:
     """Makes the inputs of one model that reads tokens."""
 
     def __init__(
-        self, skeleton: Skeleton, merged: Path, text: Path | None, generator: torch.Generator
+        self, skeleton: Skeleton, folder: Path, text: Path | None, generator: torch.Generator
     ) -> None:
         self._config = skeleton.config
         self._generates = skeleton.model_class.can_generate()
@@ -142,10 +155,10 @@ class _TokenInputs:
             longest = max(1, min(longest, positions - _SPARE_POSITIONS))
         self._lengths = sorted({min(length, longest) for length in _LENGTHS})
         vocabulary = int(self._config.get_text_config().vocab_size)
-        tokenizer = _tokenizer(merged)
+        tokenizer = _tokenizer(folder)
         self._text: Tensor | None = None
         if text is not None:
-            self._text = _tokens_of(text, tokenizer, vocabulary, longest, merged)
+            self._text = _tokens_of(text, tokenizer, vocabulary, longest, folder)
             self._kind = "text"
             return
         allowed = set(range(vocabulary))
@@ -224,7 +237,7 @@ class _TokenInputs:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder, or None where it has none that can be read."""
     # Without a vocabulary transformers would make an empty tokenizer of the model type's class.
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    if not _has_vocabulary(folder):
         return None
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -240,28 +253,20 @@ def _tokens_of(
     tokenizer: PreTrainedTokenizerBase | None,
     vocabulary: int,
     needed: int,
-    merged: Path,
+    folder: Path,
 ) -> Tensor:
     """The tokens of a text file."""
     if tokenizer is None:
         raise UsageError(
-            f"{merged}: has no tokenizer that transformers can read, so '{path}' cannot be used; "
+            f"{folder}: has no tokenizer that transformers can read, so '{path}' cannot be used; "
             "without a text random tokens are run"
         )
-    try:
-        with path.open("rb") as file:
-            data = file.read(_TEXT_BYTES + 1)
-        is_whole = len(data) <= _TEXT_BYTES
-        text = codecs.getincrementaldecoder("utf-8")().decode(data[:_TEXT_BYTES], is_whole)
-    except UnicodeDecodeError as cause:
-        raise UsageError(f"{path}: not UTF-8 text ({first_line(cause)})") from cause
-    except OSError as cause:
-        raise UsageError(f"{path}: cannot be read ({cause.strerror})") from cause
+    text = read_text(path)
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
     if len(tokens) < needed:
         raise UsageError(f"{path}: has {len(tokens)} tokens; at least {needed} are needed")
     if (largest := int(tokens.max())) >= vocabulary:
         raise UsageError(
-            f"{merged}: its tokenizer gives token {largest}, but the model has {vocabulary}"
+            f"{folder}: its tokenizer gives token {largest}, but the model has {vocabulary}"
         )
     return tokens

@@ -5,8 +5,8 @@ time. Which inputs, `inputs` says; how models are made, `models`.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from psoft_export.bases import BasisFinder
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 from psoft_export.checkpoint.reader import Checkpoint, open_checkpoint
+from psoft_export.device import full_precision
 from psoft_export.errors import CheckpointError, first_line
 from psoft_export.memory import available_bytes, release_freed_memory
 from psoft_export.plan import MergePlan
@@ -31,6 +32,7 @@ from psoft_export.verification.inputs import (
     decoder_start_token,
     make_inputs,
     pad_token,
+    tokenizer_folder,
 )
 from psoft_export.verification.models import (
     LoadedModel,
@@ -142,11 +144,11 @@ class _Check:
         unmerged_loader = UnmergedLoader(self._plan)
         merged_loader = MergedLoader(self._checkpoint, unmerged_loader.skeleton)
         try:
-            self._inputs = make_inputs(unmerged_loader.skeleton, self._checkpoint.folder, text)
+            self._inputs = make_inputs(unmerged_loader.skeleton, tokenizer_folder(self._plan), text)
             self._check_memory(unmerged_loader)
             self._note("running the models: bases")
             paths = find_side_paths(self._plan, bases, self._device)
-            with _full_precision():
+            with full_precision():
                 return self._compared(unmerged_loader, merged_loader, paths)
         except CannotRunError as reason:
             return self._not_run(str(reason))
@@ -186,9 +188,10 @@ class _Check:
                 problems.append(_lacks(lacking))
             merged = self._observe(model, unknown, self._adding_to(merged_sum))
             del model
-        except (CheckpointError, CannotRunError) as cause:
+        except (CheckpointError, CannotRunError, torch.OutOfMemoryError) as cause:
+            # The others ran, so this is the merged model's own.
             merged_sum = DistanceSum(self._truth.are_logits)
-            problems.append(f"outputs: the merged model cannot be run: {cause}")
+            problems.append(f"outputs: the merged model cannot be run: {first_line(cause)}")
         else:
             problems += self._verdict(merged_sum, unmerged_sum)
         return OutputsLevel(
@@ -477,17 +480,3 @@ def _all_in(dtype: torch.dtype) -> AbstractContextManager[Any]:
     if dtype is torch.float64:
         return _StaysDouble()  # type: ignore[no-untyped-call]
     return nullcontext()
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Float32 products in float32, whatever the process has chosen for speed."""
-    products = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions

@@ -16,6 +16,7 @@ from psoft_export.bases import BasisFinder
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES, WEIGHT_CODES
 from psoft_export.checkpoint.reader import CHUNK_BYTES, Checkpoint, FileReader, raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry
+from psoft_export.device import full_precision
 from psoft_export.pipeline import Progress, ProgressCallback, Target, TargetPipeline
 from psoft_export.plan import MergePlan, PlannedTensor
 from psoft_export.verification import geometry
@@ -26,6 +27,7 @@ from psoft_export.verification.evaluation import (
     change,
     measure,
     reference_rotation,
+    rotation_condition,
 )
 from psoft_export.verification.figures import (
     GeometryFigures,
@@ -87,7 +89,7 @@ def check_weights(
         CheckpointError: a file cannot be read.
         NonFiniteError: the base holds NaN or infinity.
     """
-    with BaseReader(plan) as base, _WrittenTensors(merged) as written:
+    with BaseReader(plan) as base, _WrittenTensors(merged) as written, full_precision():
         check = _Check(plan, base, written, product_unit, progress)
         check.run(bases, device)
         return CheckedWeights(
@@ -102,8 +104,9 @@ def expected_change(target: Target, adapter: Adapter) -> Change:
     """ΔW of one target, given its basis, as this package's second evaluation has it."""
     assert target.basis is not None
     basis = target.basis.basis
-    turn = reference_rotation(adapter.rotations[target.module])
-    return change(basis.a, basis.b, turn, adapter.basis_options.scaling)
+    parameters = adapter.rotations[target.module]
+    of = change(basis.a, basis.b, reference_rotation(parameters), adapter.basis_options.scaling)
+    return replace(of, condition=rotation_condition(parameters))
 
 
 def weight_figures(target: Target, deviation: Deviation, dtype: torch.dtype) -> WeightFigures:

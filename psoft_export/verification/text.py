@@ -1,0 +1,25 @@
+"""The text that models are compared on, as its file holds it."""
+
+import codecs
+from pathlib import Path
+
+from psoft_export.errors import UsageError, first_line
+
+_TEXT_BYTES = 2**20
+
+
+def read_text(path: Path) -> str:
+    """The first MiB of a UTF-8 file.
+
+    Raises:
+        UsageError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_TEXT_BYTES + 1)
+        is_whole = len(data) <= _TEXT_BYTES
+        return codecs.getincrementaldecoder("utf-8")().decode(data[:_TEXT_BYTES], is_whole)
+    except UnicodeDecodeError as cause:
+        raise UsageError(f"{path}: not UTF-8 text ({first_line(cause)})") from cause
+    except OSError as cause:
+        raise UsageError(f"{path}: cannot be read ({cause.strerror})") from cause
