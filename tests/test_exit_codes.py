@@ -94,8 +94,8 @@ def hub(case: Case) -> list[str]:
 
 
 def missing_extra(case: Case) -> list[str]:
-    case.patch.delitem(sys.modules, "psoft_export.plots", raising=False)
-    case.patch.setitem(sys.modules, "matplotlib", None)
+    for name in {"matplotlib", *(n for n in sys.modules if n.startswith("matplotlib."))}:
+        case.patch.setitem(sys.modules, name, None)
     return ["inspect", str(case.adapter), "--plot", str(case.folder / "angles.png")]
 
 
@@ -148,8 +148,9 @@ def test_the_code_and_one_line_that_says_why(
     case = Case(tmp_path, monkeypatch)
     line = CASES[code](case)
     before = files.tree(case.output) if case.output.exists() else None
-    assert run(line) == code
+    found = run(line)
     said = capsys.readouterr().err
+    assert found == code, said
     assert said.splitlines()[-1].startswith("error: ") and "Traceback" not in said
     assert (files.tree(case.output) if case.output.exists() else None) == before
     assert not list(tmp_path.glob(".out*"))

@@ -243,7 +243,7 @@ class VerificationReport:
         levels = (self.weights, self.geometry, self.outputs)
         found = tuple(text for level in levels if level is not None for text in level.problems)
         skipped = self.outputs.skipped if self.outputs is not None else None
-        if skipped is not None and self.weights is self.geometry is None:
+        if skipped is not None and self.weights is None and self.geometry is None:
             return (*found, f"outputs: not compared, and nothing else was: {skipped}")
         return found
 
