@@ -142,3 +142,10 @@ def test_json_goes_through_jq(tmp_path: Path) -> None:
         timeout=120,
     )
     assert (ended.returncode, ended.stdout) == (0, "true\n"), ended.stderr
+
+
+def test_local_links_and_pictures_exist() -> None:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#\s]+)", path.read_text("utf-8")):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
