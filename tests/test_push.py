@@ -416,3 +416,25 @@ def test_weights_changed_since_their_check_are_not_published(
     assert ended.returncode == NOT_EQUIVALENT
     assert f"{path.name}: has been changed since psoft-export wrote it" in ended.stderr
     assert hub.requests == []
+
+
+def test_real_weights_are_merged_proven_reported_and_published(
+    client: Client, hub: WritableHub, tmp_path: Path
+) -> None:
+    adapter = models.save_adapter("minilm", models.MINILM, tmp_path / "adapter")
+    merged, page = tmp_path / "merged", tmp_path / "report.html"
+    inputs = ("--base", models.MINILM, "--adapter", adapter)
+    labels = ("--labels", "bad,fair,good")
+    result = client.done("merge", *inputs, "--output", merged, "--verify", *labels)
+    levels = result["verification"]
+    assert all(levels[name]["equivalent"] for name in ("weights", "geometry", "outputs"))
+    proven = client.done("verify", *inputs, "--merged", merged, "--report", page)
+    assert proven["equivalent"] and proven["weights"]["saved"] == 2
+    text = page.read_text("utf-8")
+    assert "EQUIVALENT" in text and "encoder.layer.5.output.dense" in text
+    client.done("push", merged, "me/minilm")
+    there = client.download("me/minilm", "main")
+    assert there["model.safetensors"] == (merged / "model.safetensors").read_bytes()
+    card = there["README.md"].decode()
+    assert "BertForSequenceClassification.from_pretrained" in card
+    assert "Weights: **equivalent**" in card and "Outputs: **equivalent**" in card
