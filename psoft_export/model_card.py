@@ -43,7 +43,8 @@ def merged_card(
         base: Hub id of the base, to link it; None where it has none.
     """
     files = set(files)
-    pipeline = "modules.json" in files
+    # With a head of its own a model is no longer the sentence encoder that the base's files say.
+    pipeline = "modules.json" in files and str(manifest["model_class"]).endswith("Model")
     modules = manifest["modules"]
     deltas = [module["relative_delta"] for module in modules]
     angle = max(module["largest_angle"] for module in modules)

@@ -91,6 +91,9 @@ def test_a_merged_checkpoint(manifest: dict[str, Any]) -> None:
     ):
         assert words in card, words
     assert "/home" not in card
+    classifier = merged_card(manifest, {*FILES, "modules.json"}, "me/merged", None)
+    assert files.card_metadata(classifier)["library_name"] == "transformers"
+    manifest["model_class"] = "BertModel"
     pipeline = merged_card(manifest, {*FILES, "modules.json"}, "me/merged", None)
     assert files.card_metadata(pipeline)["library_name"] == "sentence-transformers"
     assert 'SentenceTransformer("me/merged")' in pipeline
