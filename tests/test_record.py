@@ -528,5 +528,6 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
         (tmp_path / "file").write_text("")
     report, got = merged(adapter, tmp_path / "out", cache=True, cache_dir=folder)
     (warning,) = report.manifest["warnings"]
-    assert "basis cache" in warning and "--cache-dir" in warning and str(folder) in warning
+    assert "basis cache" in warning and "--cache-dir" in warning
+    assert str(folder) not in warning, "psoft_export.json holds no path of this machine"
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
