@@ -97,7 +97,7 @@ def print_facts(console: Console, rows: Mapping[str, str], output: Path) -> None
     """Print names and values in two columns, and where the output is."""
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, _escaped(value))
     console.print(table)
     console.print(f"written to {output}", markup=False, highlight=False)
 

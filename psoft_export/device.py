@@ -2,15 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 
 from psoft_export.errors import UsageError
 
 _MOST_WORKERS = 4  # each holds a weight in float64; with more cores, each has several threads
-
-DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def choose_device(name: str) -> torch.device:

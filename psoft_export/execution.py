@@ -184,7 +184,7 @@ class Run:
         cast = round_to_nearest(values, dtype) if stored == "F64" else values.to(dtype)
         if tensor.is_parameter and not all_finite(cast):
             raise _does_not_fit(tensor)
-        deviation = Deviation(None)
+        deviation = Deviation(None, may_overflow=not tensor.is_parameter)
         deviation.add(values[:, None], cast[:, None])
         if deviation.not_nearest:
             raise _not_equivalent(f"tensor '{tensor.spec.name}' was not rounded to {wanted}")

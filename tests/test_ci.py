@@ -95,7 +95,7 @@ def test_a_good_adapter_is_published_with_its_proof(job: Job, tmp_path: Path) ->
     assert "<html" in (job.folder / "report.html").read_text("utf-8")
     pushed = job.hub.files("me/model", "refs/pr/1")
     assert pushed["model.safetensors"] == (job.folder / "merged/model.safetensors").read_bytes()
-    assert b"0.5" in pushed["README.md"]  # the card has the verdict's figures
+    assert b"off by 0.5 units in the last place at most" in pushed["README.md"]
 
 
 def test_an_adapter_without_a_record_is_not_published(job: Job, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from psoft_export.algebra.merged_weight import (
     product_error_bound,
     row_parts,
 )
-from psoft_export.algebra.rounding import all_finite, round_to_nearest, unit_in_last_place
+from psoft_export.algebra.rounding import all_finite, round_to_nearest
+from psoft_export.verification.evaluation import unit_in_last_place
 
 ROWS, COLUMNS, RANK = 700, 900, 24
 

@@ -21,6 +21,7 @@ from psoft_export.checkpoint.writer import ShardWriter
 from psoft_export.cli.main import run
 from psoft_export.errors import CheckpointError, MismatchError, NotEquivalentError, UsageError
 from psoft_export.verification.evaluation import (
+    Deviation,
     change,
     measure,
     reference_rotation,
@@ -548,3 +549,14 @@ def test_control_characters_of_names_reach_no_terminal(
     said = capsys.readouterr()
     assert "\x1b[2J" not in said.out + said.err
     assert not any(text.startswith("::error") for text in (said.out + said.err).splitlines())
+
+
+@pytest.mark.parametrize(("may_overflow", "wrong"), [(True, 1), (False, 3)])
+def test_buffers_may_overflow_where_weights_may_not(may_overflow: bool, wrong: int) -> None:
+    limit = torch.finfo(torch.float32).min
+    values = torch.tensor([[limit, -limit, 1.0, limit]])
+    given = values.half()
+    given[0, 3] = math.inf  # of the other sign
+    deviation = Deviation(None, may_overflow=may_overflow)
+    deviation.add(values, given)
+    assert deviation.not_nearest == wrong

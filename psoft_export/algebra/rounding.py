@@ -1,11 +1,10 @@
-"""Rounding float64 results to the output dtype once, and measuring what the rounding cost."""
+"""Rounding float64 results to the output dtype, once."""
 
 import torch
 from torch import Tensor
 
 # Significant bits of each dtype, the hidden one counted.
 _PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-_FLOAT32_EXPONENT_MASK = 0x7F800000
 _TIE = -(2**31)  # a one and zeros
 _TILE = 512
 
@@ -55,22 +54,6 @@ def _ties(bits: Tensor, dropped: int) -> Tensor:
     found = (tiles.index_select(0, chosen) == _TIE).nonzero()
     behind = (last[whole:] == _TIE).nonzero()[:, 0] + whole
     return torch.cat([chosen[found[:, 0]] * _TILE + found[:, 1], behind])
-
-
-def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The spacing of `dtype` numbers at each entry, float32.
-
-    Below the smallest normal number it is the constant spacing of the subnormals.
-
-    Args:
-        values: float32 or float64, any shape; finite.
-        dtype: torch.float32, torch.float16 or torch.bfloat16.
-    """
-    # The exponent bits alone are the power of two below; rounding to float32 may carry a value
-    # up to the next one, whose gap is then meant.
-    single = values.to(torch.float32, copy=True)
-    power = single.view(torch.int32).bitwise_and_(_FLOAT32_EXPONENT_MASK).view(torch.float32)
-    return power.clamp_(min=torch.finfo(dtype).tiny).mul_(2.0 ** (1 - _PRECISION[dtype]))
 
 
 def all_finite(values: Tensor) -> bool:

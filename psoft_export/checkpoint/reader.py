@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -162,17 +162,25 @@ class FileReader:
             CheckpointError: as `chunks`.
         """
         digest = hashlib.sha256()
+        return self._whole(entry, digest.update), digest.hexdigest()
+
+    def values(self, entry: TensorEntry) -> Tensor:
+        """A tensor in its stored dtype; errors as of `chunks`."""
+        return self._whole(entry, lambda _: None)
+
+    def _whole(self, entry: TensorEntry, see: Callable[[memoryview], None]) -> Tensor:
+        """A tensor; `see` is shown its bytes in order."""
         if self._file.tensors is not None:
             values = raw(self._file.tensors[entry.name])
-            digest.update(values.numpy().data)
+            see(values.numpy().data)
         else:
             values = torch.empty(entry.nbytes, dtype=torch.uint8)
             view = values.numpy().data
-            for start in range(0, entry.nbytes, CHUNK_BYTES):  # hashed while in the CPU's caches
+            for start in range(0, entry.nbytes, CHUNK_BYTES):  # seen while in the CPU's caches
                 piece = view[start : start + CHUNK_BYTES]
                 self._read_into(piece, entry.offset + start)
-                digest.update(piece)
-        return typed(values, entry.dtype).view(entry.shape), digest.hexdigest()
+                see(piece)
+        return typed(values, entry.dtype).view(entry.shape)
 
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hexadecimal."""

@@ -132,16 +132,21 @@ class Deviation:
         not_nearest: number of entries farther than half a unit and than what float64 can tell.
     """
 
-    def __init__(self, of: Change | None, product_unit: float = DOUBLE) -> None:
+    def __init__(
+        self, of: Change | None, product_unit: float = DOUBLE, *, may_overflow: bool = False
+    ) -> None:
         """Start with nothing.
 
         Args:
             of: ΔW; None for a weight that is only rounded to another dtype.
             product_unit: unit roundoff of the arithmetic that formed ΔW in the weight at hand.
+            may_overflow: whether infinity is right for a number beyond the dtype's largest (in a
+                buffer, such as the least number of a wider dtype that a mask holds).
         """
         self.largest_ulp = 0.0
         self.not_nearest = 0
         self._change = of
+        self._may_overflow = may_overflow
         terms = 0 if of is None else of.left.shape[1]
         # Both evaluations err: γ_n of a dot product (Higham, Accuracy and Stability of Numerical
         # Algorithms, section 3.1), with a few roundings for the factors and the sum. The rotation
@@ -192,7 +197,11 @@ class Deviation:
             self._exact += _dot(exact, exact)
             self._error += _dot(error, error)
             if not math.isfinite(self._error):
-                error = torch.where(written == exact, 0.0, error)  # both the same infinity
+                right = written == exact  # both the same infinity
+                if self._may_overflow:
+                    beyond = exact.abs() > torch.finfo(given.dtype).max
+                    right |= written.isinf() & beyond & (written.sign() == exact.sign())
+                error = torch.where(right, 0.0, error)
             ulps = error.abs_().div_(unit_in_last_place(exact, given.dtype)).nan_to_num_(math.inf)
             largest = float(ulps.max()) if ulps.numel() else 0.0
             self.largest_ulp = max(self.largest_ulp, largest)
