@@ -21,6 +21,7 @@ test-fast: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.solver
 	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.equivalence
 
 lint: $(READY)
 	$(BIN)/ruff check .
