@@ -252,7 +252,8 @@ def geometry_facts(level: GeometryLevel) -> tuple[Fact, ...]:
             modules,
             lambda m: m.basis_residual,
             number,
-            "‖W vᵢ − σᵢ uᵢ‖ / σ₁: 0 where the basis is one of this weight",
+            "‖W vᵢ − σᵢ uᵢ‖ / σ₁, or what A is off orthonormal: 0 where the basis is one of this "
+            "weight",
             brief=True,
         ),
         *_of_worst(
