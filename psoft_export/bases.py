@@ -1,5 +1,6 @@
-"""Where a module's basis comes from: its record, the cache, the solver, or the training's SVD."""
+"""Where a module's basis comes from: its record, the adapter, the cache, the solver, or an SVD."""
 
+import math
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psoft_export.adapters.psoft import Adapter
+from psoft_export.adapters.adapter import Adapter, SubspaceAdapter
 from psoft_export.algebra.rotation import rotation
 from psoft_export.basis.signs import delta_uncertainty
 from psoft_export.basis.solver import SOLVER, Workspace, leading_triplets
-from psoft_export.basis.svd import Basis, Triplets, make_basis, training_svd
+from psoft_export.basis.svd import Basis, BasisOptions, Triplets, make_basis, training_svd
 from psoft_export.cache import BasisCache, CachedTriplets
 from psoft_export.device import device_name
+from psoft_export.errors import MismatchError
 from psoft_export.memory import release_freed_memory
 
 NO_RECORD = (
@@ -24,18 +26,22 @@ NO_RECORD = (
 )
 
 
+_BELONGS = 0.05  # a truncated SVD of few iterations is nearer; another weight is not
+
+
 @dataclass(frozen=True)
 class FoundBasis:
     """A module's basis.
 
     Attributes:
-        basis: A and B, float32, on the device that merges.
+        basis: A and B, float32, on the device that merges; None for an adapter that is not
+            defined by a basis.
         uncertainty: what is not known of ΔW relative to ‖ΔW‖, unknown signs apart
             (`basis.signs.delta_uncertainty`); None where σ_{r+1} is not known.
         next_value: σ_{r+1}, or None where it was not found.
     """
 
-    basis: Basis
+    basis: Basis | None
     uncertainty: float | None
     next_value: float | None
 
@@ -43,9 +49,9 @@ class FoundBasis:
 class BasisFinder:
     """Finds the basis of each module of one adapter.
 
-    From a `full` record it is read. From a `signs` record the singular vectors are found by
-    `basis.solver` (or in the cache) and the record's signs applied. Without a record it is the
-    SVD that PEFT would compute on `svd_device`.
+    From a `full` record it is read, and from an adapter whose own file holds it. From a `signs`
+    record the singular vectors are found by `basis.solver` (or in the cache) and the record's
+    signs applied. Without either it is the SVD that PEFT would compute on `svd_device`.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class BasisFinder:
             cache: bases found before, or None.
         """
         self._adapter = adapter
+        self._subspace = adapter if isinstance(adapter, SubspaceAdapter) else None
         self._device = device
         self._svd_device = svd_device or device
         self._cache = cache
@@ -75,7 +82,7 @@ class BasisFinder:
     def warnings(self) -> list[str]:
         """What the user should know, one plain sentence each."""
         found = []
-        if self._adapter.record is None:
+        if self._depends_on_svd:
             found.append(NO_RECORD.format(device=device_name(self._svd_device)))
         if self._cache is not None and self._cache.problem:
             found.append(self._cache.problem)
@@ -83,7 +90,11 @@ class BasisFinder:
 
     def describe(self) -> dict[str, Any]:
         """How bases are found, for the manifest."""
-        record, options = self._adapter.record, self._adapter.basis_options
+        if self._subspace is None:
+            return {"record": None, "solver": None}
+        record, options = self._adapter.record, self._subspace.basis_options
+        if self._subspace.bases:
+            return {"record": None, "solver": None, "stored": self._adapter.weights_file}
         if record is None:
             origin: dict[str, Any] = {"record": None}
         else:
@@ -104,6 +115,18 @@ class BasisFinder:
             "device": device_name(self._svd_device),
             "threads": torch.get_num_threads(),
         }
+
+    @property
+    def finds_again(self) -> bool:
+        """Whether A and B are found anew each time, as near as float32 numbers can be."""
+        record = self._adapter.record
+        return record is not None and record.kind == "signs"
+
+    @property
+    def _depends_on_svd(self) -> bool:
+        """Whether nothing says which of the possible bases is meant."""
+        subspace = self._subspace
+        return subspace is not None and subspace.record is None and not subspace.bases
 
     def find(self, module: str, weight: Tensor, sha256: str) -> FoundBasis:
         """The basis of one module.
@@ -126,14 +149,21 @@ class BasisFinder:
         The SVD wants every thread of torch for itself, and its signs depend on their number.
         """
         release_freed_memory()
+        assert self._subspace is not None
         single = weight.to(self._svd_device).to(torch.float32)
-        triplets, next_value = training_svd(single, self._adapter.basis_options)
+        triplets, next_value = training_svd(single, self._subspace.basis_options)
         self._keep(sha256, CachedTriplets(triplets, next_value))
         return self._made(module, triplets.to(self._device), next_value)
 
     def find_beside_others(self, module: str, weight: Tensor, sha256: str) -> FoundBasis | None:
         """As `find`, from a thread among several; None where it takes training's own SVD."""
-        record, options = self._adapter.record, self._adapter.basis_options
+        if self._subspace is None:
+            return FoundBasis(None, 0.0, None)
+        if (stored := self._subspace.bases.get(module)) is not None:
+            stored = stored.to(self._device)
+            _check_belongs(module, weight.to(self._device), stored, self._subspace.basis_options)
+            return FoundBasis(stored, 0.0, None)
+        record, options = self._adapter.record, self._subspace.basis_options
         if record is not None and record.kind == "full":
             return FoundBasis(record.basis(module).to(self._device), 0.0, None)
         cached = self._cached(sha256)
@@ -148,7 +178,8 @@ class BasisFinder:
 
     def _made(self, module: str, triplets: Triplets, next_value: float | None) -> FoundBasis:
         """The basis of these triplets, with the record's signs where there is one."""
-        record, options = self._adapter.record, self._adapter.basis_options
+        assert self._subspace is not None
+        record, options = self._adapter.record, self._subspace.basis_options
         held = None
         if record is None:
             basis = make_basis(triplets, options)
@@ -156,19 +187,21 @@ class BasisFinder:
             basis, held = record.restored(module, triplets, options)
         uncertainty = None
         if next_value is not None:
-            turn = rotation(self._adapter.rotations[module])
+            turn = rotation(self._subspace.rotations[module])
             uncertainty = delta_uncertainty(triplets.values, next_value, turn, held)
         return FoundBasis(basis, uncertainty, next_value)
 
     @property
     def _usable_cache(self) -> BasisCache | None:
         """The cache, for bases that depend on the weight and the solver alone."""
-        return self._cache if self._adapter.basis_options.solver == "full" else None
+        assert self._subspace is not None
+        return self._cache if self._subspace.basis_options.solver == "full" else None
 
     def _cached(self, sha256: str) -> CachedTriplets | None:
         if (cache := self._usable_cache) is None:
             return None
-        return cache.get(sha256, self._solver, self._adapter.basis_options.rank)
+        assert self._subspace is not None
+        return cache.get(sha256, self._solver, self._subspace.basis_options.rank)
 
     def _keep(self, sha256: str, found: CachedTriplets) -> None:
         if (cache := self._usable_cache) is not None:
@@ -179,6 +212,24 @@ class BasisFinder:
             self._of_thread.workspace = Workspace()
         workspace: Workspace = self._of_thread.workspace
         return workspace
+
+
+def _check_belongs(module: str, weight: Tensor, basis: Basis, options: BasisOptions) -> None:
+    """Check that a stored basis is one of this weight, to a few percent.
+
+    Raises:
+        MismatchError: W Aᵀ is not scaling · B.
+    """
+    image = weight.to(basis.a.dtype) @ basis.a.T
+    expected = options.scaling * basis.b
+    off = float(torch.linalg.vector_norm(image - expected, dim=0).max())
+    largest = float(torch.linalg.vector_norm(expected, dim=0).max())
+    if off > _BELONGS * largest:
+        raise MismatchError(
+            f"module '{module}': the A and B that the adapter holds are no singular vectors of "
+            f"this base's weight (off by {off / largest if largest else math.inf:.0%}); the adapter "
+            "was trained on another base"
+        )
 
 
 def _svd_name(device: torch.device) -> str:

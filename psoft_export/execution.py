@@ -1,7 +1,6 @@
 """Carrying a plan out: every weight file of the output, in one pass over the base, checked."""
 
 import hashlib
-import math
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -10,20 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from psoft_export.algebra.low_rank import product_norm
-from psoft_export.algebra.merged_weight import (
-    MergeFigures,
-    low_rank_factors,
-    merged_blocks,
-    product_dtype,
-    row_parts,
-)
-from psoft_export.algebra.rotation import (
-    core_rotation,
-    orthogonality_error,
-    rotation,
-    rotation_angles,
-)
+from psoft_export.algebra.merged_weight import MergeFigures, merged_blocks, row_parts
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
 from psoft_export.bases import BasisFinder
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
@@ -45,7 +31,6 @@ from psoft_export.verification.figures import (
 )
 from psoft_export.verification.weights import (
     examine_geometry,
-    expected_change,
     geometry_level,
     weight_figures,
     weight_problem,
@@ -109,7 +94,7 @@ class Run:
         self._figures: list[WeightFigures] = []
         self._geometry: list[GeometryFigures] = []
         self._with_geometry = with_geometry
-        self._product_unit = torch.finfo(product_dtype(device)).eps / 2
+        self._product_unit = torch.finfo(plan.adapter.product_dtype(device)).eps / 2
         self._plan = plan
         self._device = device
         self._progress = progress
@@ -192,19 +177,17 @@ class Run:
 
     def _merged(self, target: Target) -> _Merged:
         """Merge one target, given its basis, and compare the result with the second evaluation."""
-        tensor, found = target.tensor, target.basis
-        assert found is not None
-        adapter = self._plan.adapter
-        parameters, scaling = adapter.rotations[target.module], adapter.basis_options.scaling
+        tensor = target.tensor
+        assert target.basis is not None
         weight = target.weight.values.to(self._device)
         target = replace(target, weight=replace(target.weight, values=weight))
-        left, right = low_rank_factors(found.basis.a, found.basis.b, rotation(parameters), scaling)
-        expected = expected_change(target, adapter)
+        change = target.change(self._plan.adapter)
+        merge, expected = change.merging(weight), change.expected(weight)
         dtype = TORCH_DTYPES[tensor.spec.dtype]
 
         def merge_rows(rows: slice) -> tuple[list[Tensor], MergeFigures, Deviation]:
             figures = MergeFigures()
-            blocks = list(merged_blocks(weight[rows], left[rows], right, dtype, figures))
+            blocks = list(merged_blocks(weight, rows, merge, dtype, figures))
             of = expected.of_rows(rows)
             return blocks, figures, measure(weight[rows], blocks, of, self._product_unit)
 
@@ -219,22 +202,23 @@ class Run:
         equivalence = weight_figures(target, deviation, dtype)
         if (problem := weight_problem(equivalence)) is not None:
             raise _not_equivalent(problem)
-        delta_norm = product_norm(left, right)
-        rows, columns = tensor.spec.shape
+        facts, delta_norm = change.facts, deviation.delta_norm
         report = ModuleReport(
             module=target.module,
             tensor=tensor.spec.name,
-            shape=(rows, columns),
-            rank=parameters.rank,
-            relative_delta=delta_norm / figures.weight_norm if figures.weight_norm else 0.0,
-            largest_angle=math.degrees(float(rotation_angles(parameters)[0])),
-            orthogonality_error=orthogonality_error(core_rotation(parameters)),
-            basis_uncertainty=found.uncertainty,
+            shape=tensor.weight_shape,
+            rank=facts.rank,
+            relative_delta=deviation.relative_delta,
+            largest_angle=facts.largest_angle,
+            orthogonality_error=facts.orthogonality_error,
+            basis_uncertainty=target.basis.uncertainty,
             relative_rounding=figures.rounding_norm / delta_norm if delta_norm else 0.0,
         )
-        geometry = examine_geometry(target, adapter) if self._with_geometry else None
-        data = [raw(block) for blocks, _, _ in merged for block in blocks]
-        return _Merged(data, report, equivalence, geometry)
+        geometry = examine_geometry(target, change) if self._with_geometry else None
+        blocks = [block for blocks, _, _ in merged for block in blocks]
+        if tensor.transposed:
+            blocks = [torch.cat(blocks).T.contiguous()]
+        return _Merged([raw(block) for block in blocks], report, equivalence, geometry)
 
     def _report(self, tensor: PlannedTensor, nbytes: int) -> None:
         self._done_bytes += nbytes

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psoft_export.adapters import psoft
-from psoft_export.adapters.psoft import Adapter
+from psoft_export.adapters.adapter import Adapter, GivensForm, NeumannTerms
+from psoft_export.adapters.files import CONFIG, PREFIX, SAFETENSORS
 from psoft_export.algebra.low_rank import (
     needed_rank,
     product_difference,
@@ -135,7 +135,7 @@ def to_lora(
         rank = conversion.write(folder.path)
         scaled = reduce_rank is not None
         config = _config(plan, rank, rank if scaled else plan.adapter.config.get("psoft_alpha", 32))
-        companions.write_json(folder.path / psoft.CONFIG, config)
+        companions.write_json(folder.path / CONFIG, config)
         options = {"dtype": code, "reduce_rank": reduce_rank}
         content = describe_run(
             plan,
@@ -145,7 +145,7 @@ def to_lora(
             hashes,
             options,
             conversion.modules,
-            files={psoft.SAFETENSORS: conversion.written},
+            files={SAFETENSORS: conversion.written},
             warnings=_serving_warnings(plan.adapter, rank),
         )
         companions.write_json(folder.path / FILENAME, content)
@@ -206,7 +206,7 @@ class _Conversion:
         self, folder: Path, rank: int, pairs: Generator[tuple[Tensor, Tensor]]
     ) -> None:
         saved = {
-            f"{psoft.PREFIX}{name}": tensor for name, tensor in self._plan.adapter.saved.items()
+            f"{PREFIX}{name}": tensor for name, tensor in self._plan.adapter.saved.items()
         }
         specs = aligned_order(
             [
@@ -216,7 +216,7 @@ class _Conversion:
         )
         factors = (factor for pair in pairs for factor in pair)
         digest = hashlib.sha256()
-        writer = ShardWriter(folder / psoft.SAFETENSORS, specs, {"format": "pt"}, digest)
+        writer = ShardWriter(folder / SAFETENSORS, specs, {"format": "pt"}, digest)
         try:
             with closing(pairs):
                 for spec in specs:
@@ -328,8 +328,8 @@ class _Conversion:
 def _factor_names(target: PlannedTensor) -> tuple[str, str]:
     """The names of lora_A and lora_B in PEFT's format."""
     return (
-        f"{psoft.PREFIX}{target.module}.lora_A.weight",
-        f"{psoft.PREFIX}{target.module}.lora_B.weight",
+        f"{PREFIX}{target.module}.lora_A.weight",
+        f"{PREFIX}{target.module}.lora_B.weight",
     )
 
 

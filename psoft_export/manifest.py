@@ -21,10 +21,10 @@ class ModuleReport:
         module: module path, as the adapter names it.
         tensor: name of the checkpoint tensor.
         shape: out × in.
-        rank: r.
+        rank: r; None where the method has none.
         relative_delta: ‖ΔW‖ / ‖W‖, Frobenius.
-        largest_angle: largest rotation angle, in degrees.
-        orthogonality_error: ‖CᵀC − I‖_F of the rotation before its scaling vectors.
+        largest_angle: largest rotation angle, in degrees; None where the method has none.
+        orthogonality_error: ‖CᵀC − I‖_F of PSOFT's rotation before its scaling vectors, else None.
         basis_uncertainty: what is not known of ΔW relative to ‖ΔW‖, by the gaps of the singular
             values and the precision of training's SVD, unknown signs apart; 0 with a full record,
             None where it cannot be told (low-rank SVD without a record).
@@ -35,10 +35,10 @@ class ModuleReport:
     module: str
     tensor: str
     shape: tuple[int, int]
-    rank: int
+    rank: int | None
     relative_delta: float
-    largest_angle: float
-    orthogonality_error: float
+    largest_angle: float | None
+    orthogonality_error: float | None
     basis_uncertainty: float | None
     relative_rounding: float
 
@@ -81,6 +81,8 @@ def source_record(source: Source, sha256: Mapping[str, str]) -> dict[str, Any]:
 def basis_origin(basis: Mapping[str, Any]) -> str:
     """Where bases came from, in words; `basis` as in `psoft_export.json`."""
     record = basis["record"]
+    if record is None and basis["solver"] is None:
+        return f"held by {basis['stored']}" if "stored" in basis else "none needed"
     if record is None:
         return f"{basis['solver']} SVD in {basis['dtype']} on {basis['device']}; not recorded"
     found = f"; vectors by {basis['solver']}" if record["kind"] == "signs" else ""

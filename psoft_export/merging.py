@@ -9,8 +9,10 @@ import torch
 
 from psoft_export.adapters import basis_record
 from psoft_export.adapters.basis_record import BasisRecord
-from psoft_export.adapters.psoft import Adapter, load_adapter, named_base
-from psoft_export.algebra.merged_weight import product_dtype, product_error_bound
+from psoft_export.adapters.adapter import Adapter, GivensForm, NeumannTerms, Reading, SubspaceAdapter
+from psoft_export.adapters.files import named_base
+from psoft_export.adapters.kinds import load_adapter
+from psoft_export.algebra.merged_weight import product_error_bound
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import BasisCache, open_cache
 from psoft_export.checkpoint import companions
@@ -82,6 +84,8 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     labels: Sequence[str] | None = None,
+    neumann_terms: NeumannTerms | None = None,
+    givens: GivensForm | None = None,
     verify_outputs: bool = False,
     text: str | Path | None = None,
     overwrite: bool = False,
@@ -90,11 +94,12 @@ def merge(
     note: Callable[[str], None] | None = None,
     planner: Planner | None = None,
 ) -> MergeReport:
-    """Write the checkpoint in which a PSOFT adapter is merged into its base.
+    """Write the checkpoint in which an adapter is merged into its base.
 
-    For every target module W + scaling · B (R − I) A, each entry the number nearest to the exact
-    sum, with the basis (A, B) that the adapter's basis record gives; without a record, with the
-    one that PEFT would find on `svd_device`. Every other tensor is copied byte for byte. Every
+    For every target module the merged weight, each entry the number nearest to the exact value;
+    of a PSOFT adapter W + scaling · B (R − I) A with the basis (A, B) that its basis record
+    gives; without a record, with the one that PEFT would find on `svd_device`. Other kinds of
+    adapters are in `docs/adapters.md`. Every other tensor is copied byte for byte. Every
     merged weight is checked against a second evaluation, of other formulas, and every file is
     read back. The output folder appears only when it is complete and equivalent.
 
@@ -112,6 +117,8 @@ def merge(
             keeps the dtype it is stored in.
         max_shard_size: largest weight file, as `"5GB"` or bytes; by default the base's own files.
         labels: names of the classes of a new classification head.
+        neumann_terms: as of `load_adapter`.
+        givens: as of `load_adapter`.
         verify_outputs: also run the merged model beside base and adapter, not merged, and look at
             what the rotations keep (see `verify`).
         text: a UTF-8 text file to run then.
@@ -148,6 +155,8 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         labels=labels,
+        neumann_terms=neumann_terms,
+        givens=givens,
         token=token,
         planner=planner,
     )
@@ -173,19 +182,22 @@ def plan_merge(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     labels: Sequence[str] | None = None,
+    neumann_terms: NeumannTerms | None = None,
+    givens: GivensForm | None = None,
     token: str | None = None,
     planner: Planner | None = None,
 ) -> MergePlan:
     """What `merge` would do with these arguments; reads headers and the adapter, no weights."""
     code = parse_dtype(dtype) if dtype is not None else None
-    loaded = load_adapter(adapter, token=token)
-    if require_record:
+    reading = Reading(neumann_terms, givens)
+    loaded = load_adapter(adapter, neumann_terms=neumann_terms, givens=givens, token=token)
+    if require_record and isinstance(loaded, SubspaceAdapter) and not loaded.bases:
         needed_record(loaded)
     source = resolve(base, companions.CONFIG, base_files, token=token)
     checkpoint = open_checkpoint(source.folder)
     options = OutputOptions(code, max_shard_size, tuple(labels) if labels is not None else None)
     if planner is not None:
-        layout = planner.layout(source, loaded.source, options)
+        layout = planner.layout(source, loaded.source, reading, options)
     else:
         from psoft_export.planning import make_layout  # loads transformers
 
@@ -254,7 +266,7 @@ def execute_merge(
         content = describe_run(
             plan,
             bases,
-            product_dtype(device),
+            plan.adapter.product_dtype(device),
             run.sha256,
             hashes,
             options,
@@ -356,13 +368,21 @@ def describe_run(
     return manifest(
         base=source_record(plan.base, {**weights, **beside["base"]}),
         adapter=source_record(adapter.source, {**adapter.sha256, **beside["adapter"]})
-        | {"method": adapter.method, "base_model": named_base(adapter.config)},
+        | {
+            "method": adapter.method,
+            "options": dict(adapter.options),
+            "base_model": named_base(adapter.config),
+        },
         class_name=plan.layout.class_name,
         options=options,
         basis=bases.describe(),
         product={
             "dtype": str(compute).removeprefix("torch."),
-            "relative_error_bound": product_error_bound(adapter.basis_options.rank, compute),
+            "relative_error_bound": (
+                product_error_bound(adapter.rank, compute)
+                if isinstance(adapter, SubspaceAdapter)
+                else None
+            ),
         },
         files=files,
         verification=verification,

@@ -13,8 +13,10 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from psoft_export.adapters.adapter import Adapter
 from psoft_export.algebra.rounding import all_finite
 from psoft_export.bases import BasisFinder, FoundBasis
+from psoft_export.changes.change import WeightChange
 from psoft_export.device import workers_on
 from psoft_export.errors import CheckpointError, NonFiniteError, UsageError
 from psoft_export.plan import PlannedTensor
@@ -53,6 +55,11 @@ class Target:
     weight: TargetWeight
     basis: FoundBasis | None = None
     is_alone: bool = False
+
+    def change(self, adapter: Adapter) -> WeightChange:
+        """What an adapter does to it, once its basis is found."""
+        assert self.basis is not None
+        return adapter.change(self.module, self.basis.basis)
 
     @property
     def module(self) -> str:

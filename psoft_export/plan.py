@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from psoft_export.adapters.psoft import Adapter
+from psoft_export.adapters.adapter import Adapter, SubspaceAdapter
 from psoft_export.checkpoint.reader import CHUNK_BYTES, SAFETENSORS, Checkpoint
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.source import Source
@@ -23,7 +23,7 @@ class PlannedTensor:
 
     It comes from `entry` (a base tensor, copied), from `saved` (a tensor of the adapter's
     `modules_to_save`, as the adapter names it), or from `entry` and `module` (the base tensor,
-    merged with the rotation of that adapter module).
+    changed by that adapter module). Then `transposed` says that the weight is stored in × out.
     """
 
     spec: TensorSpec
@@ -31,6 +31,13 @@ class PlannedTensor:
     module: str | None = None
     saved: str | None = None
     is_parameter: bool = True
+    transposed: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Of a weight to be merged: out × in, however it is stored."""
+        rows, columns = self.spec.shape
+        return (columns, rows) if self.transposed else (rows, columns)
 
 
 @dataclass(frozen=True)
@@ -124,11 +131,15 @@ class MergePlan:
         come on top.
         """
         record, workers = self.adapter.record, workers_on(torch.device("cpu"))
-        shapes = [target.spec.shape for target in self.targets]
+        shapes = [target.weight_shape for target in self.targets]
         on_their_way = 2 * (workers + 1) * max((t.spec.nbytes for t in self.targets), default=0)
-        if record is None:
+        if not isinstance(self.adapter, SubspaceAdapter):
+            dense = max((8 * rows * columns for rows, columns in shapes), default=0)
+            return 8 * CHUNK_BYTES + on_their_way + self.adapter.dense_copies * workers * dense
+        if record is None and not self.adapter.bases:
             return 8 * CHUNK_BYTES + max(map(_svd_bytes, shapes), default=0)
-        solving = max(map(_solver_bytes, shapes), default=0) if record.kind == "signs" else 0
+        is_solved = record is not None and record.kind == "signs"
+        solving = max(map(_solver_bytes, shapes), default=0) if is_solved else 0
         return 8 * CHUNK_BYTES + on_their_way + workers * solving
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,8 +153,8 @@ class MergePlan:
                 {
                     "module": target.module,
                     "tensor": target.spec.name,
-                    "shape": list(target.spec.shape),
-                    "rank": self.adapter.basis_options.rank,
+                    "shape": list(target.weight_shape),
+                    "rank": self.adapter.rank,
                     "bytes": target.spec.nbytes,
                 }
                 for target in self.targets

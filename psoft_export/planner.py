@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from psoft_export.errors import PsoftExportError, UsageError
 
 if TYPE_CHECKING:
+    from psoft_export.adapters.adapter import Reading
     from psoft_export.checkpoint.source import Source
     from psoft_export.plan import Layout, OutputOptions
 
@@ -37,7 +38,9 @@ class Planner:
         self._process.start()
         theirs.close()
 
-    def layout(self, base: "Source", adapter: "Source", options: "OutputOptions") -> "Layout":
+    def layout(
+        self, base: "Source", adapter: "Source", reading: "Reading", options: "OutputOptions"
+    ) -> "Layout":
         """What `planning.make_layout` says of these folders, with the same errors.
 
         Raises:
@@ -47,7 +50,7 @@ class Planner:
         if self._connection.closed:
             raise UsageError("planner: plans one merge only; start another for the next")
         try:
-            self._connection.send((base, adapter, options))
+            self._connection.send((base, adapter, reading, options))
             answer: Layout | Exception = self._connection.recv()
         except (EOFError, OSError) as cause:
             self._process.join()
@@ -71,14 +74,14 @@ def start_planner() -> Planner | None:
 def _serve(connection: Connection) -> None:
     """Answer one request; runs in the planning process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides what stops
-    from psoft_export.adapters.psoft import read_adapter
+    from psoft_export.adapters.kinds import read_adapter
     from psoft_export.checkpoint.reader import open_checkpoint
     from psoft_export.planning import make_layout
 
     answer: Layout | Exception
     try:
-        base, adapter, options = connection.recv()
-        answer = make_layout(open_checkpoint(base.folder), read_adapter(adapter), options)
+        base, adapter, reading, options = connection.recv()
+        answer = make_layout(open_checkpoint(base.folder), read_adapter(adapter, reading), options)
     except EOFError:
         return
     except PsoftExportError as error:

@@ -10,8 +10,10 @@ from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from psoft_export.adapters.psoft import Adapter, is_narrowed
+from psoft_export.adapters.adapter import Adapter
+from psoft_export.adapters.files import is_narrowed
 from psoft_export.checkpoint.dtypes import CODES, WEIGHT_CODES, config_name
 from psoft_export.checkpoint.reader import Checkpoint, WeightFile
 from psoft_export.checkpoint.safetensors_file import TensorEntry
@@ -37,7 +39,7 @@ def make_layout(checkpoint: Checkpoint, adapter: Adapter, options: OutputOptions
     """
     dtype = options.dtype
     config = read_config(checkpoint.folder)
-    skeleton = find_skeleton(config, adapter.config, adapter.rotations)
+    skeleton = find_skeleton(config, adapter.config, adapter.modules)
     skeleton, changes = _fit_head(skeleton, adapter, options.labels)
     base_names = _Names(skeleton, checkpoint)
     targets = _match_targets(skeleton, base_names, adapter)
@@ -63,15 +65,17 @@ def make_layout(checkpoint: Checkpoint, adapter: Adapter, options: OutputOptions
                 tensors.append(PlannedTensor(_saved_spec(output, tensor, dtype), saved=stored))
             else:
                 spec = TensorSpec(output, _output_code(entry.dtype, dtype), entry.shape)
-                module = targets.get(entry.name)
-                tensors.append(PlannedTensor(spec, entry, module, is_parameter=kept))
+                module, transposed = targets.get(entry.name, (None, False))
+                tensors.append(
+                    PlannedTensor(spec, entry, module, is_parameter=kept, transposed=transposed)
+                )
         groups.append((_output_filename(file), file.metadata or {"format": "pt"}, tensors))
     for name, (stored, tensor) in saved.items():
         groups[-1][2].append(PlannedTensor(_saved_spec(name, tensor, dtype), saved=stored))
 
     shards = _lay_out(groups, options.max_shard_size)
     missing = _missing_tensors(skeleton, base_names, adapter)
-    warnings = [*_missing_warning(missing, skeleton, renamed), *_basis_warning(adapter)]
+    warnings = [*_missing_warning(missing, skeleton, renamed), *adapter.warnings]
     return Layout(shards, skeleton.class_name, changes, tuple(warnings))
 
 
@@ -129,16 +133,19 @@ class _Names:
         )
 
 
-def _match_targets(skeleton: Skeleton, names: _Names, adapter: Adapter) -> dict[str, str]:
-    """Checkpoint tensor name → adapter module, for every module of the adapter."""
-    targets: dict[str, str] = {}
-    for stored in adapter.rotations:
+def _match_targets(
+    skeleton: Skeleton, names: _Names, adapter: Adapter
+) -> dict[str, tuple[str, bool]]:
+    """Checkpoint tensor name → adapter module, and whether it is stored in × out, for all."""
+    targets: dict[str, tuple[str, bool]] = {}
+    for stored in adapter.modules:
         path = skeleton.module_path(stored)
         module = skeleton.module(path)
-        if not isinstance(module, nn.Linear):
+        transposed = adapter.takes_conv1d and isinstance(module, Conv1D)
+        if not (transposed or isinstance(module, nn.Linear)):
             raise UnsupportedError(
                 f"target module '{stored}' is {type(module).__name__}, not torch.nn.Linear; "
-                "PSOFT adapts linear layers only"
+                "such adapters are of linear layers only"
             )
         weight = f"{path}.weight"
         if (other := skeleton.sharing(weight)) is not None:
@@ -156,14 +163,10 @@ def _match_targets(skeleton: Skeleton, names: _Names, adapter: Adapter) -> dict[
                 f"target module '{stored}': its tensor '{name}' shares its storage with '{other}' "
                 "in the base's file; merging would change both"
             )
-        targets[name] = stored
+        targets[name] = (stored, transposed)
         _check_target(stored, names.entries[name], name in names.reshaped, skeleton.shapes[weight])
-        rank = adapter.rotations[stored].rank
-        if rank > min(names.entries[name].shape):
-            raise MismatchError(
-                f"target module '{stored}': rank {rank} is larger than its weight "
-                f"{list(names.entries[name].shape)}; the adapter was trained on another base"
-            )
+        rows, columns = names.entries[name].shape
+        adapter.check_target(stored, (columns, rows) if transposed else (rows, columns))
     return targets
 
 
@@ -176,7 +179,7 @@ def _check_target(module: str, entry: TensorEntry, reshaped: bool, shape: tuple[
         )
     if entry.dtype not in WEIGHT_CODES:
         known = ", ".join(WEIGHT_CODES)
-        raise UnsupportedError(f"{where} has dtype {entry.dtype}; PSOFT needs one of {known}")
+        raise UnsupportedError(f"{where} has dtype {entry.dtype}; one of {known} is needed")
     if entry.shape != shape:
         raise MismatchError(
             f"{where} has shape {list(entry.shape)}, but the base's config says {list(shape)}"
@@ -189,21 +192,22 @@ def _check_coverage(skeleton: Skeleton, adapter: Adapter) -> None:
     PEFT adapts every match, so a gap means that the base is another (a deeper) model.
     """
     wanted = adapter.config.get("target_modules")
-    if wanted == "all-linear" or is_narrowed(adapter):
+    if wanted == "all-linear" or is_narrowed(adapter.config):
         return
+    paths = list(skeleton.linear_paths(with_conv1d=adapter.takes_conv1d))
     # PEFT adapts nothing inside a module that is trained and saved whole.
     whole = [re.escape(str(name)) for name in adapter.config.get("modules_to_save") or ()]
     inside_saved = re.compile(rf"(.*\.)?({'|'.join(whole)})(\..*)?") if whole else None
     if isinstance(wanted, str):
-        matches = [p for p in skeleton.linear_paths() if re.fullmatch(wanted, p)]
+        matches = [p for p in paths if re.fullmatch(wanted, p)]
     else:
         suffixes = tuple(str(name) for name in wanted or ())
         matches = [
             p
-            for p in skeleton.linear_paths()
+            for p in paths
             if any(p == s or p.endswith("." + s) for s in suffixes)
         ]
-    adapted = {skeleton.module_path(stored) for stored in adapter.rotations}
+    adapted = {skeleton.module_path(stored) for stored in adapter.modules}
     missing = [
         path
         for path in matches
@@ -337,14 +341,4 @@ def _missing_warning(missing: list[str], skeleton: Skeleton, renamed: bool) -> l
     return [
         f"the adapter was trained in {skeleton.class_name}, whose {listed} it does not bring "
         "(modules_to_save); the output keeps the base's own architecture"
-    ]
-
-
-def _basis_warning(adapter: Adapter) -> list[str]:
-    seeded = adapter.basis_options.solver != "lowrank" or "random_seed" in adapter.config
-    if seeded or adapter.record is not None:
-        return []
-    return [
-        "the adapter's config has no 'random_seed': PEFT versions before that field drew its "
-        "low-rank basis at random, and the seed 0 used here need not be the basis it trained with"
     ]

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from psoft_export.adapters import psoft
+from psoft_export.adapters.adapter import GivensForm, NeumannTerms
+from psoft_export.adapters.files import CONFIG as ADAPTER_CONFIG
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import open_cache
 from psoft_export.checkpoint import companions
@@ -54,6 +55,8 @@ def verify(
     device: str = "auto",
     svd_device: str | None = None,
     require_record: bool = False,
+    neumann_terms: NeumannTerms | None = None,
+    givens: GivensForm | None = None,
     cache: bool = True,
     cache_dir: str | Path | None = None,
     token: str | None = None,
@@ -77,6 +80,8 @@ def verify(
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
         svd_device: as for `merge`.
         require_record: refuse an adapter without a basis record.
+        neumann_terms: as of `load_adapter`.
+        givens: as of `load_adapter`.
         cache: keep bases on disk, and take them from there.
         cache_dir: folder of that cache.
         token: a Hub token.
@@ -109,7 +114,15 @@ def verify(
     on = choose_device(device)
     trained_on = choose_device(svd_device) if svd_device is not None else None
     store = open_cache(cache_dir) if cache else None
-    plan = plan_merge(base, adapter, require_record=require_record, token=token, planner=planner)
+    plan = plan_merge(
+        base,
+        adapter,
+        require_record=require_record,
+        neumann_terms=neumann_terms,
+        givens=givens,
+        token=token,
+        planner=planner,
+    )
     source = resolve(merged, companions.CONFIG, _merged_files, token=token)
     checkpoint = open_checkpoint(source.folder)
     bases = BasisFinder(plan.adapter, device=on, svd_device=trained_on, cache=store)
@@ -184,7 +197,7 @@ def _product_unit(origin: Mapping[str, Any] | None) -> float:
 def _merged_files(names: Iterable[str]) -> list[str]:
     """Of a Hub repository's file names, those to fetch of a merged checkpoint."""
     names = list(names)
-    beside = [name for name in (FILENAME, psoft.CONFIG) if name in names]
+    beside = [name for name in (FILENAME, ADAPTER_CONFIG) if name in names]
     return [*base_files(names), *beside]
 
 
@@ -205,9 +218,9 @@ def _folder_problems(plan: MergePlan, folder: Path) -> list[str]:
     labels = len(changes.get("id2label", ()))
     if labels and len(config.get("id2label") or ()) != labels:
         found.append(f"config.json: id2label does not name the head's {labels} classes")
-    if (folder / psoft.CONFIG).exists():
+    if (folder / ADAPTER_CONFIG).exists():
         found.append(
-            f"{psoft.CONFIG}: is beside the merged weights; with PEFT installed, transformers "
+            f"{ADAPTER_CONFIG}: is beside the merged weights; with PEFT installed, transformers "
             "would apply that adapter on top of them"
         )
     return found
@@ -240,7 +253,7 @@ def _origin_problems(
     if origin is None:
         return []
     adapter = plan.adapter
-    ours = {name: adapter.sha256[name] for name in (psoft.CONFIG, adapter.weights_file)}
+    ours = {name: adapter.sha256[name] for name in (ADAPTER_CONFIG, adapter.weights_file)}
     found = []
     for side, hashes in (("base", base_sha256), ("adapter", ours)):
         stated = origin[side]["sha256"]

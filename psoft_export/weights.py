@@ -20,7 +20,7 @@ class TargetWeight:
     """A weight to be merged.
 
     Attributes:
-        values: W, out × in, as the base stores it.
+        values: W, out × in: as the base stores it, or its transpose where that stores in × out.
         trained: W as training had it: its dtype code, shape and SHA-256. The dtype is the stored
             one unless the record says that training loaded the base in another.
     """
@@ -84,11 +84,12 @@ class BaseReader:
     def _read(self, tensor: PlannedTensor) -> TargetWeight:
         entry, record = tensor.entry, self._plan.adapter.record
         assert entry is not None and tensor.module is not None
-        values, sha256 = self._readers[entry.file].tensor(entry)
+        stored, sha256 = self._readers[entry.file].tensor(entry)
         dtype = record.base[tensor.module].dtype if record else entry.dtype
         if dtype != entry.dtype:
-            sha256 = tensor_sha256(values.to(TORCH_DTYPES[dtype]))
-        rows, columns = entry.shape
+            sha256 = tensor_sha256(stored.to(TORCH_DTYPES[dtype]))
+        values = stored.T if tensor.transposed else stored
+        rows, columns = values.shape
         return TargetWeight(values, BaseTensor(dtype, (rows, columns), sha256))
 
     def _is_recorded(self, tensor: PlannedTensor, weight: TargetWeight) -> bool:

@@ -4,7 +4,7 @@ Works in row blocks, so that memory beyond W stays small whatever its size.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from psoft_export.algebra.rounding import round_to_nearest
+
+# Rows of W in float64, which may be overwritten, and which rows they are → merged rows.
+MergeRows = Callable[[Tensor, slice], Tensor]
 
 # float64 bytes of one row block: its operands stay in a CPU's caches, and fill a GPU.
 _BLOCK_BYTES = 2 * 2**20
@@ -101,33 +104,47 @@ def row_parts(weight: Tensor, count: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(ends) if start < end]
 
 
+def with_product(left: Tensor, right: Tensor) -> MergeRows:
+    """What adds left @ right to rows of W, the product in `product_dtype`.
+
+    Args:
+        left: out × r and right: r × in, float64, same device; see `low_rank_factors`.
+    """
+    compute = product_dtype(left.device)
+    first, second = left.to(compute), right.to(compute)
+
+    def merge(exact: Tensor, rows: slice) -> Tensor:
+        if compute == torch.float64:
+            return exact.addmm_(first[rows], second)
+        return exact.add_(first[rows] @ second)
+
+    return merge
+
+
 def merged_blocks(
     weight: Tensor,
-    left: Tensor,
-    right: Tensor,
+    rows: slice,
+    merge: MergeRows,
     dtype: torch.dtype,
     figures: MergeFigures,
 ) -> Iterator[Tensor]:
-    """Yield the merged weight in consecutive row blocks, in the output dtype, on the CPU.
+    """Yield some rows of the merged weight in consecutive blocks, in the output dtype, on the CPU.
 
-    Each entry is the number of `dtype` nearest to W + left @ right, a sum formed in float64 (the
-    product in `product_dtype`).
+    Each entry is the number of `dtype` nearest to what `merge` gives in float64.
 
     Args:
         weight: W (out × in), float32, float16 or bfloat16, on the device to compute on.
-        left: out × r and right: r × in, float64, same device; see `low_rank_factors`.
+        rows: which rows; see `row_parts`.
+        merge: makes merged rows of rows of W.
         dtype: output dtype: float32, float16 or bfloat16.
         figures: filled in as blocks are made.
     """
-    compute, rows = product_dtype(weight.device), _block_rows(weight)
-    first, second = left.to(compute), right.to(compute)
-    for start in range(0, weight.shape[0], rows):
-        exact, part = weight[start : start + rows].double(), first[start : start + rows]
+    step = _block_rows(weight)
+    for start in range(rows.start, rows.stop, step):
+        block = slice(start, min(start + step, rows.stop))
+        exact = weight[block].double()
         figures.add_weight(exact)
-        if compute == torch.float64:
-            exact = exact.addmm_(part, second)
-        else:
-            exact = exact.add_(part @ second)
+        exact = merge(exact, block)
         merged = round_to_nearest(exact, dtype)
         figures.add_rounding(exact, merged)
         yield merged.cpu()

@@ -6,6 +6,7 @@ r is at most a few hundred, and the rest of the merge can only be as exact as R.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +14,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CayleyNeumann:
-    """The truncated series that stands in for the Cayley transform, as PEFT computes it.
+    """The truncated series that stands in for the Cayley transform.
 
-    `terms` is PEFT's `num_cayley_neumann_terms`; `max_norm` its `cayley_neumann_eps`, a bound on
-    ‖Q‖_F above which Q is scaled down, or None.
+    `terms` is counted as `convention` says: as PEFT's `num_cayley_neumann_terms` or as the
+    paper's own code counts. `max_norm` is PEFT's `cayley_neumann_eps`, a bound on ‖Q‖_F above
+    which Q is scaled down, or None.
     """
 
     terms: int
     max_norm: float | None = None
+    convention: Literal["peft", "paper"] = "peft"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class RotationParameters:
 def generator_size(rank: int) -> int:
     """Number of free entries of an r × r skew-symmetric matrix: r(r−1)/2."""
     return rank * (rank - 1) // 2
+
+
+def rotation_parameter_count(parameters: RotationParameters) -> int:
+    """How many numbers are stored for one rotation."""
+    parts = (parameters.weight, parameters.vector_a, parameters.vector_b)
+    return sum(part.numel() for part in parts if part is not None)
 
 
 def skew_symmetric(entries: Tensor, rank: int) -> Tensor:
@@ -89,15 +98,21 @@ def cayley(generator: Tensor) -> Tensor:
 
 
 def cayley_neumann(generator: Tensor, series: CayleyNeumann) -> Tensor:
-    """The truncated Cayley–Neumann series of Q, term for term the one PEFT sums.
+    """The truncated Cayley–Neumann series of Q, term for term the one that training summed.
 
     PEFT 0.21 (`peft/tuners/psoft/layer.py`, `OrthLayer.get_matrix`) gives for t terms
 
         t ≤ 1: I      t = 2: I + 2Q      t ≥ 3: I + 2Q + 2Q² + 2 Σ_{k=3..t−2} Q^k + Q^(max(t,4)−1)
 
-    so 3 and 4 terms mean the same series, and the last power has weight one, not two.
+    so 3 and 4 terms mean the same series, and the last power has weight one, not two. The paper's
+    code (`fei407/PSOFT`, `psoft_layers.py`) gives
+
+        t ≤ 0: I + Q      t ≥ 1: I + 2 Σ_{k=1..t} Q^k + Q^(t+1)
+
     With `series.max_norm` Q is first scaled down to that Frobenius norm.
     """
+    if series.convention == "paper":
+        return _paper_series(generator, series.terms)
     terms, bound = series.terms, series.max_norm
     if bound is not None:
         norm = torch.linalg.matrix_norm(generator)
@@ -116,6 +131,15 @@ def cayley_neumann(generator: Tensor, series: CayleyNeumann) -> Tensor:
         power = power @ generator
         result += 2 * power
     return result + power @ generator
+
+
+def _paper_series(generator: Tensor, terms: int) -> Tensor:
+    result = torch.eye(generator.shape[0], dtype=generator.dtype)
+    power = generator
+    for _ in range(terms):
+        result += 2 * power
+        power = power @ generator
+    return result + power
 
 
 def core_rotation(parameters: RotationParameters) -> Tensor:

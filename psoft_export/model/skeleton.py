@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from psoft_export.errors import CheckpointError, MismatchError, UnsupportedError, first_line
 
@@ -85,9 +86,10 @@ class Skeleton:
         """The module at a path."""
         return self._modules[path]
 
-    def linear_paths(self) -> Iterator[str]:
-        """Paths of all `torch.nn.Linear` modules."""
-        return (path for path, m in self._modules.items() if isinstance(m, nn.Linear))
+    def linear_paths(self, *, with_conv1d: bool = False) -> Iterator[str]:
+        """Paths of all `torch.nn.Linear` modules, and of transformers' `Conv1D` if asked for."""
+        classes = (nn.Linear, Conv1D) if with_conv1d else (nn.Linear,)
+        return (path for path, m in self._modules.items() if isinstance(m, classes))
 
     def sharing(self, tensor_name: str) -> str | None:
         """Another tensor that shares the storage of this one (tied weights), or None."""

@@ -1,126 +1,17 @@
-"""The merged weight evaluated a second time, in float64, and how far a given one is from it.
-
-Written out again on purpose: nothing of `algebra` is used, the rotation is computed by other
-formulas and the products are taken in another order, so that a mistake there shows here.
-"""
+"""How far a given merged weight is from the one that `reference` says it should be, in float64."""
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from psoft_export.algebra.rotation import RotationParameters
+from psoft_export.reference.expected import Expected
 
 _TILE_BYTES = 2**20  # float64 bytes of a tile: with its temporaries, in a core's caches
 _DEVICE_TILE_BYTES = 64 * 2**20
 DOUBLE = 2.0**-53  # unit roundoff of float64
 _EXPONENT_MASK = 0x7FF0000000000000
-
-
-@dataclass(frozen=True)
-class Change:
-    """ΔW = `left` @ `right`, float64, and what rounding may do to it.
-
-    Attributes:
-        left: scaling · B (out × r).
-        right: (R − I) A (r × in).
-        reach_left: a bound for each row (out), and
-        reach_right: one for each column (in), whose products bound the sums of |terms| that the
-            entries of ΔW are made of.
-        basis_doubt: how far A and B may be from those that the weight was merged with, relative
-            to their entries.
-        condition: of the system that the rotation solves, at least 1.
-    """
-
-    left: Tensor
-    right: Tensor
-    reach_left: Tensor
-    reach_right: Tensor
-    basis_doubt: float = 0.0
-    condition: float = 1.0
-
-    def of_rows(self, rows: slice) -> "Change":
-        """The same of some rows of W."""
-        return replace(self, left=self.left[rows], reach_left=self.reach_left[rows])
-
-
-def reference_rotation(parameters: RotationParameters) -> Tensor:
-    """R (r × r, float64, CPU) from an adapter's stored parameters.
-
-    Cayley(Q) as 2 (I − Q)⁻¹ − I; the Cayley–Neumann series by Horner's scheme on its
-    coefficients 1, 2, …, 2, 1.
-    """
-    rank = parameters.rank
-    stored = parameters.weight.to("cpu", torch.float64)
-    identity = torch.eye(rank, dtype=torch.float64)
-    if not parameters.orthogonal:
-        turn = stored.clone()
-    else:
-        generator = _generator(parameters)
-        if parameters.series is None:
-            turn = 2 * torch.linalg.inv(identity - generator) - identity
-        else:
-            turn = _series(generator, parameters.series.terms, parameters.series.max_norm)
-    for vector, shape in ((parameters.vector_b, (rank, 1)), (parameters.vector_a, (1, rank))):
-        if vector is not None:
-            turn = turn * vector.to("cpu", torch.float64).reshape(shape)
-    return turn
-
-
-def rotation_condition(parameters: RotationParameters) -> float:
-    """How much a rotation magnifies rounding: ‖I − Q‖₂ of the exact Cayley transform, else 1.
-
-    ‖(I − Q)⁻¹‖₂ is at most 1. Towards half turns ‖I − Q‖₂ = 1 / cos(angle / 2) grows.
-    """
-    if not parameters.orthogonal or parameters.series is not None:
-        return 1.0
-    system = torch.eye(parameters.rank, dtype=torch.float64) - _generator(parameters)
-    return float(torch.linalg.matrix_norm(system, 2))
-
-
-def _generator(parameters: RotationParameters) -> Tensor:
-    """Q from its entries above the diagonal, row by row as `triu_indices` goes."""
-    rank = parameters.rank
-    above = torch.ones(rank, rank, dtype=torch.bool).triu(1)
-    upper = torch.zeros(rank, rank, dtype=torch.float64)
-    upper[above] = parameters.weight.to("cpu", torch.float64)
-    return upper - upper.mT
-
-
-def _series(generator: Tensor, terms: int, max_norm: float | None) -> Tensor:
-    if max_norm is not None and (norm := float(generator.square().sum().sqrt())) > max_norm:
-        generator = generator * (max_norm / (norm + 1e-12))  # 1e-12: PEFT's own
-    if terms <= 1:
-        coefficients = [1.0]
-    elif terms == 2:
-        coefficients = [1.0, 2.0]
-    else:
-        coefficients = [1.0, *[2.0] * (max(terms, 4) - 2), 1.0]
-    identity = torch.eye(generator.shape[0], dtype=torch.float64)
-    total = coefficients[-1] * identity
-    for coefficient in reversed(coefficients[:-1]):
-        total = coefficient * identity + generator @ total
-    return total
-
-
-def change(a: Tensor, b: Tensor, turn: Tensor, scaling: float) -> Change:
-    """ΔW = scaling · (B (R A) − B A).
-
-    Args:
-        a: A, r × in. b: B, out × r. Any floating dtype, same device.
-        turn: R, r × r, float64.
-        scaling: alpha / r.
-    """
-    down, up = a.to(torch.float64), b.to(torch.float64)
-    turn = turn.to(down.device)
-    left = scaling * up
-    right = turn @ down - down
-    terms = turn.abs() @ down.abs() + down.abs()
-    return Change(
-        left, right, torch.linalg.vector_norm(left, dim=1), torch.linalg.vector_norm(terms, dim=0)
-    )
 
 
 class Deviation:
@@ -133,7 +24,7 @@ class Deviation:
     """
 
     def __init__(
-        self, of: Change | None, product_unit: float = DOUBLE, *, may_overflow: bool = False
+        self, of: Expected | None, product_unit: float = DOUBLE, *, may_overflow: bool = False
     ) -> None:
         """Start with nothing.
 
@@ -145,12 +36,12 @@ class Deviation:
         """
         self.largest_ulp = 0.0
         self.not_nearest = 0
-        self._change = of
+        self._expected = of
         self._may_overflow = may_overflow
-        terms = 0 if of is None else of.left.shape[1]
-        # Both evaluations err: γ_n of a dot product (Higham, Accuracy and Stability of Numerical
-        # Algorithms, section 3.1), with a few roundings for the factors and the sum. The rotation
-        # adds its own, twice.
+        terms = 0 if of is None else of.terms
+        # Both evaluations err: γ_n of a sum of n terms (Higham, Accuracy and Stability of Numerical
+        # Algorithms, section 3.1), with a few roundings for the factors and the last sum. What
+        # the change itself is computed from adds its own, twice.
         self._slack = (terms + 4) * (DOUBLE + product_unit)
         if of is not None:
             self._slack += (terms + 4) * 2 * DOUBLE * (of.condition - 1)
@@ -173,6 +64,11 @@ class Deviation:
     def relative_delta(self) -> float:
         """‖ΔW‖ / ‖W‖, Frobenius."""
         return math.sqrt(self._delta / self._weight) if self._weight else 0.0
+
+    @property
+    def delta_norm(self) -> float:
+        """‖ΔW‖, Frobenius."""
+        return math.sqrt(self._delta)
 
     @property
     def applied(self) -> float | None:
@@ -217,9 +113,8 @@ class Deviation:
             exact = weight[start : start + step].to(torch.float64)
             self._weight += _dot(exact, exact)
             delta = None
-            if self._change is not None:
-                left = self._change.left[self._rows : self._rows + len(exact)]
-                delta = left @ self._change.right
+            if self._expected is not None:
+                delta = self._expected.delta_of(exact, self._rows)
                 exact = exact + delta
             yield start, exact, delta
 
@@ -227,9 +122,10 @@ class Deviation:
         """Entries of one tile that are not the nearest number, beyond doubt."""
         row, column = (ulps >= 0.5).nonzero(as_tuple=True)
         doubt = weight[row, column].to(torch.float64).abs()
-        if self._change is not None:
-            reach = self._change.reach_left[self._rows + row] * self._change.reach_right[column]
-            doubt = self._slack * (doubt + reach) + 2 * self._change.basis_doubt * reach
+        if self._expected is not None:
+            of = self._expected
+            reach = of.reach_left[self._rows + row] * of.reach_right[column]
+            doubt = self._slack * (doubt + reach) + 2 * of.basis_doubt * reach
         else:
             doubt = self._slack * doubt
         at, unit = exact[row, column], unit_in_last_place(exact[row, column], given.dtype)
@@ -242,7 +138,7 @@ class Deviation:
 
 
 def measure(
-    weight: Tensor, written: Iterable[Tensor], of: Change, product_unit: float = DOUBLE
+    weight: Tensor, written: Iterable[Tensor], of: Expected, product_unit: float = DOUBLE
 ) -> Deviation:
     """How far a merged weight is from W + ΔW.
 

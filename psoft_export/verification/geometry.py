@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psoft_export.algebra.rotation import RotationParameters, rotation_angles
 from psoft_export.basis.svd import Basis, BasisOptions
-from psoft_export.verification.evaluation import reference_rotation
+from psoft_export.reference.rotation import reference_rotation
 from psoft_export.verification.figures import GeometryFigures
 
 SAMPLE = 256  # columns whose pairs are compared, evenly spaced

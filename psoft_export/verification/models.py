@@ -1,8 +1,8 @@
 """The models that are compared: the merged one, and its base with the adapter beside it.
 
 Transformers builds them from tensors that are read here, so it follows no path and finds no
-further adapter in a folder. Unmerged means y = W x + scaling · B (R − I) A x, written out as it
-stands; no weight is formed.
+further adapter in a folder. Unmerged means that each layer computes with W and the change beside
+it, as its formula stands; no merged weight is formed.
 """
 
 import math
@@ -16,54 +16,18 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from psoft_export.bases import BasisFinder
+from psoft_export.changes.change import WeightChange
 from psoft_export.checkpoint.reader import Checkpoint
 from psoft_export.errors import CheckpointError, first_line
 from psoft_export.model.skeleton import Skeleton, find_skeleton, read_config
 from psoft_export.pipeline import Target, TargetPipeline
 from psoft_export.plan import MergePlan
-from psoft_export.verification.evaluation import reference_rotation
 from psoft_export.verification.inputs import pad_token
 from psoft_export.weights import BaseReader
-
-
-@dataclass(frozen=True)
-class SidePath:
-    """An adapter beside one linear layer.
-
-    Attributes:
-        a: A, r × in, float32.
-        core: R − I, r × r, float64.
-        b: B, out × r, float32.
-        scaling: alpha / r.
-    """
-
-    a: Tensor
-    core: Tensor
-    b: Tensor
-    scaling: float
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers it holds."""
-        return self.a.numel() + self.core.numel() + self.b.numel()
-
-    def beside(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        """Add scaling · ((x Aᵀ) (R − I)ᵀ) Bᵀ to the output of `linear` from now on.
-
-        Args:
-            linear: the layer.
-            dtype: A, B and R − I are rounded to it; the layer may compute in a wider one.
-        """
-        a, core, b = (factor.to(dtype).to(linear.weight) for factor in (self.a, self.core, self.b))
-
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + self.scaling * (((inputs[0] @ a.T) @ core.T) @ b.T)
-
-        linear.register_forward_hook(add)
 
 
 @dataclass(frozen=True)
@@ -79,12 +43,12 @@ class LoadedModel:
     missing: frozenset[str]
 
 
-def find_side_paths(
+def find_changes(
     plan: MergePlan,
     bases: BasisFinder,
     device: torch.device,
-) -> dict[str, SidePath]:
-    """The adapter's side paths by module path, as the adapter names modules; on the CPU.
+) -> dict[str, WeightChange]:
+    """What the adapter does, by module path as the adapter names modules; on the CPU.
 
     Args:
         plan: names base and adapter.
@@ -96,25 +60,22 @@ def find_side_paths(
         NonFiniteError: a weight holds NaN or infinity.
         CheckpointError: the base cannot be read.
     """
-    adapter = plan.adapter
-    rank, scaling = adapter.basis_options.rank, adapter.basis_options.scaling
     cpu = torch.device("cpu")
 
-    def side_path(target: Target) -> SidePath:
+    def change(target: Target) -> WeightChange:
         assert target.basis is not None
-        basis = target.basis.basis.to(cpu)
-        turn = reference_rotation(adapter.rotations[target.module])
-        return SidePath(basis.a, turn - torch.eye(rank, dtype=turn.dtype), basis.b, scaling)
+        basis = target.basis.basis
+        return plan.adapter.change(target.module, basis.to(cpu) if basis is not None else None)
 
-    found: dict[str, SidePath] = {}
+    found: dict[str, WeightChange] = {}
     largest = max(target.spec.nbytes for target in plan.targets)
-    pipeline = TargetPipeline(bases, device, side_path, largest)
+    pipeline = TargetPipeline(bases, device, change, largest)
     with BaseReader(plan) as base:
         read = (Target(tensor, base.target(tensor)) for tensor in plan.targets)
         with closing(pipeline.run(read)) as finished:
-            for target, path in finished:
-                assert path is not None
-                found[target.module] = path
+            for target, made in finished:
+                assert made is not None
+                found[target.module] = made
     return found
 
 
@@ -131,25 +92,25 @@ class UnmergedLoader:
         self._plan = plan
         config = read_config(plan.base.folder)
         changes = {n: v for n, v in plan.layout.config_changes.items() if n != "dtype"}
-        self.skeleton = find_skeleton(config, adapter.config, adapter.rotations)
+        self.skeleton = find_skeleton(config, adapter.config, adapter.modules)
         if changes:
             self.skeleton = self.skeleton.rebuilt(**changes)
 
     @property
     def numbers(self) -> int:
-        """How many numbers the model holds, side paths apart."""
+        """How many numbers the model holds, what stands beside its layers apart."""
         skeleton = self.skeleton
         shapes = (shape for name, shape in skeleton.shapes.items() if name not in skeleton.tied)
         return sum(map(math.prod, shapes))
 
     def load(
-        self, paths: Mapping[str, SidePath], dtype: torch.dtype, device: torch.device
+        self, changes: Mapping[str, WeightChange], dtype: torch.dtype, device: torch.device
     ) -> LoadedModel:
         """The model in one dtype.
 
         Args:
-            paths: as `find_side_paths` gives them.
-            dtype: of all parameters and side paths.
+            changes: as `find_changes` gives them.
+            dtype: of all parameters and of what stands beside them.
             device: to run on.
 
         Raises:
@@ -163,10 +124,9 @@ class UnmergedLoader:
         tensors |= {skeleton.tensor_name(name)[0]: tensor for name, tensor in saved.items()}
         folder = self._plan.base.folder
         loaded = _load(skeleton.model_class, skeleton.config, tensors, dtype, folder)
-        modules = dict(loaded.model.named_modules())
         loaded.model.to(device)
-        for module, path in paths.items():
-            path.beside(modules[skeleton.module_path(module)], dtype)
+        for module, change in changes.items():
+            change.stand_beside(loaded.model, skeleton.module_path(module), dtype)
         return loaded
 
 

@@ -5,7 +5,7 @@ time. Which inputs, `inputs` says; how models are made, `models`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from psoft_export.bases import BasisFinder
+from psoft_export.changes.change import WeightChange
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 from psoft_export.checkpoint.reader import Checkpoint, open_checkpoint
 from psoft_export.device import full_precision
@@ -37,9 +38,8 @@ from psoft_export.verification.inputs import (
 from psoft_export.verification.models import (
     LoadedModel,
     MergedLoader,
-    SidePath,
     UnmergedLoader,
-    find_side_paths,
+    find_changes,
 )
 
 # Right merges measured 0.56 to 1.28: three trained adapters and small models of seven families, in
@@ -147,9 +147,9 @@ class _Check:
             self._inputs = make_inputs(unmerged_loader.skeleton, tokenizer_folder(self._plan), text)
             self._check_memory(unmerged_loader)
             self._note("running the models: bases")
-            paths = find_side_paths(self._plan, bases, self._device)
+            changes = find_changes(self._plan, bases, self._device)
             with full_precision():
-                return self._compared(unmerged_loader, merged_loader, paths)
+                return self._compared(unmerged_loader, merged_loader, changes)
         except CannotRunError as reason:
             return self._not_run(str(reason))
         except torch.OutOfMemoryError:
@@ -159,11 +159,11 @@ class _Check:
         self,
         unmerged_loader: UnmergedLoader,
         merged_loader: MergedLoader,
-        paths: dict[str, SidePath],
+        changes: Mapping[str, WeightChange],
     ) -> OutputsLevel:
         truth_dtype, dtype = TORCH_DTYPES[self._truth_code], TORCH_DTYPES[self._code]
         self._note(f"running the models: base and adapter in {self._truth_code}, the truth")
-        model = unmerged_loader.load(paths, truth_dtype, self._device)
+        model = unmerged_loader.load(changes, truth_dtype, self._device)
         unknown = model.missing
         if unknown:  # then there are no logits, and nothing that follows from them
             self._inputs = replace(self._inputs, prompts=None, windows=None)
@@ -173,7 +173,7 @@ class _Check:
 
         self._note(f"running the models: base and adapter in {self._code}")
         unmerged_sum = DistanceSum(self._truth.are_logits)
-        model = unmerged_loader.load(paths, dtype, self._device)
+        model = unmerged_loader.load(changes, dtype, self._device)
         unmerged = self._observe(model, unknown, self._adding_to(unmerged_sum))
         del model
         release_freed_memory()
@@ -350,13 +350,13 @@ class _Check:
             CannotRunError: it does not; says what it needs.
         """
         itemsize = TORCH_DTYPES[self._truth_code].itemsize
-        rank = self._plan.adapter.basis_options.rank
-        beside = sum(rank * (sum(t.spec.shape) + rank) for t in self._plan.targets)
+        plan = self._plan
+        beside = sum(plan.adapter.numbers_beside(t.module, t.weight_shape) for t in plan.targets)
         config, batches = loader.skeleton.config.get_text_config(), self._inputs.batches
         outputs = [batch.positions * int(getattr(config, "vocab_size", 1)) for batch in batches]
         weights = itemsize * loader.numbers
         running = itemsize * (beside + 2 * max(outputs))
-        # Side paths wait for the next model, as the truth's outputs do.
+        # What stands beside waits for the next model, as the truth's outputs do.
         waiting = 8 * beside + itemsize * min(sum(outputs), _KEPT_NUMBERS)
         cpu = torch.device("cpu")
         needs = {self._device: weights + running, cpu: weights + waiting}

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from psoft_export.adapters.psoft import Adapter
+from psoft_export.adapters.adapter import Adapter, SubspaceAdapter
 from psoft_export.bases import BasisFinder
+from psoft_export.changes.change import WeightChange
+from psoft_export.changes.subspace import SubspaceRotation
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES, WEIGHT_CODES
 from psoft_export.checkpoint.reader import CHUNK_BYTES, Checkpoint, FileReader, raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry
@@ -22,12 +24,8 @@ from psoft_export.plan import MergePlan, PlannedTensor
 from psoft_export.verification import geometry
 from psoft_export.verification.evaluation import (
     DOUBLE,
-    Change,
     Deviation,
-    change,
     measure,
-    reference_rotation,
-    rotation_condition,
 )
 from psoft_export.verification.figures import (
     GeometryFigures,
@@ -47,13 +45,13 @@ class CheckedWeights:
 
     Attributes:
         weights: the weights level.
-        geometry: the geometry level.
+        geometry: the geometry level; None for a method that rotates no principal subspace.
         base_sha256: SHA-256 of each weight file of the base, by name.
         merged_sha256: the same of the merged checkpoint: the bytes that the levels are about.
     """
 
     weights: WeightsLevel
-    geometry: GeometryLevel
+    geometry: GeometryLevel | None
     base_sha256: Mapping[str, str]
     merged_sha256: Mapping[str, str]
 
@@ -90,8 +88,8 @@ def check_weights(
         NonFiniteError: the base holds NaN or infinity.
     """
     with BaseReader(plan) as base, _WrittenTensors(merged) as written, full_precision():
-        check = _Check(plan, base, written, product_unit, progress)
-        check.run(bases, device)
+        check = _Check(plan, base, written, bases, product_unit, progress)
+        check.run(device)
         return CheckedWeights(
             check.weights_level(),
             geometry_level(check.geometry, plan.adapter),
@@ -100,22 +98,12 @@ def check_weights(
         )
 
 
-def expected_change(target: Target, adapter: Adapter) -> Change:
-    """ΔW of one target, given its basis, as this package's second evaluation has it."""
-    assert target.basis is not None
-    basis = target.basis.basis
-    parameters = adapter.rotations[target.module]
-    of = change(basis.a, basis.b, reference_rotation(parameters), adapter.basis_options.scaling)
-    return replace(of, condition=rotation_condition(parameters))
-
-
 def weight_figures(target: Target, deviation: Deviation, dtype: torch.dtype) -> WeightFigures:
     """The figures of one merged weight, written in `dtype`."""
-    rows, columns = target.tensor.spec.shape
     return WeightFigures(
         module=target.module,
         tensor=target.tensor.spec.name,
-        shape=(rows, columns),
+        shape=target.tensor.weight_shape,
         dtype=CODES[dtype],
         largest_error_ulp=deviation.largest_ulp,
         not_nearest=deviation.not_nearest,
@@ -125,17 +113,20 @@ def weight_figures(target: Target, deviation: Deviation, dtype: torch.dtype) -> 
     )
 
 
-def examine_geometry(target: Target, adapter: Adapter) -> GeometryFigures:
-    """What the rotation of one target keeps, given its basis."""
-    assert target.basis is not None
-    basis = target.basis.basis
-    weight = target.weight.as_trained.to(basis.a.device)
-    parameters = adapter.rotations[target.module]
-    return geometry.examine(target.module, weight, basis, parameters, adapter.basis_options)
+def examine_geometry(target: Target, change: WeightChange) -> GeometryFigures | None:
+    """What the rotation of one target keeps; None where it is none of a principal subspace."""
+    if not isinstance(change, SubspaceRotation):
+        return None
+    weight = target.weight.as_trained.to(change.basis.a.device)
+    return geometry.examine(
+        target.module, weight, change.basis, change.parameters, change.options
+    )
 
 
-def geometry_level(modules: Sequence[GeometryFigures], adapter: Adapter) -> GeometryLevel:
-    """The geometry level of an adapter from the figures of its modules."""
+def geometry_level(modules: Sequence[GeometryFigures], adapter: Adapter) -> GeometryLevel | None:
+    """The geometry level of an adapter from the figures of its modules; None without any."""
+    if not isinstance(adapter, SubspaceAdapter):
+        return None
     held = getattr(torch, adapter.record.svd.dtype) if adapter.record else torch.float32
     exact = adapter.basis_options.solver == "full"
     found = [text for m in modules for text in geometry.problems(m, held, exact)]
@@ -208,6 +199,7 @@ class _Check:
         plan: MergePlan,
         base: BaseReader,
         written: _WrittenTensors,
+        bases: BasisFinder,
         product_unit: float,
         progress: ProgressCallback | None,
     ) -> None:
@@ -218,24 +210,27 @@ class _Check:
         self._plan = plan
         self._base = base
         self._written = written
+        self._bases = bases
         self._product_unit = product_unit
         self._progress = progress
         self._done_bytes = 0
         self._wrong: list[str] = []
 
-    def run(self, bases: BasisFinder, device: torch.device) -> None:
+    def run(self, device: torch.device) -> None:
         """Compare everything."""
         planned = [t for shard in self._plan.layout.shards for t in shard.tensors]
         names = {tensor.spec.name for tensor in planned}
         for name in sorted(self._written.entries.keys() - names):
             self._wrong.append(f"tensor '{name}' is in neither base nor adapter")
         largest = max(target.spec.nbytes for target in self._plan.targets)
-        pipeline = TargetPipeline(bases, device, self._examined, largest)
+        self._device = device
+        pipeline = TargetPipeline(self._bases, device, self._examined, largest)
         with closing(self._targets(planned)) as targets, closing(pipeline.run(targets)) as done:
             for target, figures in done:
                 assert figures is not None
                 self.weights.append(figures[0])
-                self.geometry.append(figures[1])
+                if figures[1] is not None:
+                    self.geometry.append(figures[1])
                 self._report(target.tensor)
 
     def weights_level(self) -> WeightsLevel:
@@ -263,16 +258,16 @@ class _Check:
                 written = self._written.tensor(entry)
                 yield _MergedTarget(tensor, self._base.target(tensor), written=written)
 
-    def _examined(self, target: Target) -> tuple[WeightFigures, GeometryFigures]:
+    def _examined(self, target: Target) -> tuple[WeightFigures, GeometryFigures | None]:
         assert isinstance(target, _MergedTarget)
-        adapter = self._plan.adapter
-        of = expected_change(target, adapter)
-        if adapter.record is not None and adapter.record.kind == "signs":
+        change, weight = target.change(self._plan.adapter), target.weight.values.to(self._device)
+        of = change.expected(weight)
+        if self._bases.finds_again:
             of = replace(of, basis_doubt=_FOUND_AGAIN)
-        weight = target.weight.values.to(of.left.device)
-        deviation = measure(weight, [target.written], of, self._product_unit)
-        figures = weight_figures(target, deviation, target.written.dtype)
-        return figures, examine_geometry(target, adapter)
+        written = target.written.T if target.tensor.transposed else target.written
+        deviation = measure(weight, [written], of, self._product_unit)
+        figures = weight_figures(target, deviation, written.dtype)
+        return figures, examine_geometry(target, change)
 
     def _compare(self, tensor: PlannedTensor, entry: TensorEntry) -> None:
         """One tensor that is not merged: byte for byte, or the nearest numbers of its dtype."""

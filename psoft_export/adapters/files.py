@@ -1,0 +1,213 @@
+"""The files of PEFT's adapters: what all kinds have in common."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from psoft_export.adapters.basis_record import FILENAME as RECORD
+from psoft_export.checkpoint.hub import is_hub_id
+from psoft_export.checkpoint.reader import file_sha256, load_pickle
+from psoft_export.checkpoint.safetensors_file import read_header
+from psoft_export.checkpoint.source import Source
+from psoft_export.errors import AdapterError, NonFiniteError, first_line
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+_NARROWING_FIELDS = ("layers_to_transform", "exclude_modules", "layers_pattern")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter's files, read and not yet understood.
+
+    Attributes:
+        source: where they are.
+        config: `adapter_config.json`, whole.
+        weights: the file of the tensors.
+        tensors: all of them, by their names in the file; every number is finite.
+        sha256: SHA-256 of each file, by name.
+    """
+
+    source: Source
+    config: Mapping[str, Any]
+    weights: Path
+    tensors: Mapping[str, Tensor]
+    sha256: Mapping[str, str]
+
+    @property
+    def config_path(self) -> Path:
+        """The file of the config."""
+        return self.source.folder / CONFIG
+
+    def field(self, name: str, default: Any, allowed: type | tuple[Any, ...]) -> Any:
+        """A field of the config, or the default where it is absent.
+
+        Raises:
+            AdapterError: it is neither of the type `allowed` nor one of the values `allowed`.
+        """
+        value = self.config.get(name, default)
+        if isinstance(allowed, tuple):
+            valid = value in allowed
+            wanted = " or ".join(map(repr, allowed))
+        else:
+            # bool is an int to Python; to a config it is not.
+            valid = isinstance(value, allowed) and (allowed is bool or not isinstance(value, bool))
+            wanted = f"a value of type {allowed.__name__}"
+        if not valid:
+            raise self.bad_field(name, f"{wanted} is needed")
+        return value
+
+    def positive(self, name: str, default: float) -> Any:
+        """A field of the config that must be a number above 0, as it stands there."""
+        value = self.config.get(name, default)
+        if not is_positive(value):
+            raise self.bad_field(name, "a number above 0 is needed")
+        return value
+
+    def rank(self, default: int) -> int:
+        """The field `r`."""
+        rank = self.field("r", default, int)
+        if rank < 1:
+            raise AdapterError(
+                f"{self.config_path}: field 'r' is {rank}; a rank of at least 1 is needed"
+            )
+        return int(rank)
+
+    def bad_field(self, name: str, wanted: str) -> AdapterError:
+        """The error of a field that cannot be used."""
+        value = self.config.get(name)
+        return AdapterError(f"{self.config_path}: field '{name}' is {value!r}; {wanted}")
+
+    def check_tensor(self, key: str, expected: Sequence[int], why: str) -> Tensor:
+        """A tensor of the file, of the expected shape and a floating dtype.
+
+        Raises:
+            AdapterError: it is not; `why` says what asks for the shape.
+        """
+        tensor, where = self.tensors[key], f"{self.weights}: tensor '{key}'"
+        if (shape := tuple(tensor.shape)) != tuple(expected):
+            raise AdapterError(f"{where} has shape {list(shape)}; {why} needs {list(expected)}")
+        if tensor.dtype not in FLOATING:
+            raise AdapterError(f"{where} has dtype {tensor.dtype}; a float is needed")
+        return tensor
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`adapter_config.json`.
+
+    Raises:
+        AdapterError: it is missing or malformed.
+    """
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as cause:
+        raise AdapterError(f"{path}: no such file; is this folder a PEFT adapter?") from cause
+    except (OSError, ValueError) as cause:
+        raise AdapterError(f"{path}: not readable JSON ({first_line(cause)})") from cause
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: not a JSON object")
+    if config.get("peft_type") is None:
+        raise AdapterError(f"{path}: field 'peft_type' is missing")
+    return config
+
+
+def read_files(source: Source) -> AdapterFiles:
+    """Read an adapter's files.
+
+    Raises:
+        AdapterError: one is missing or malformed.
+        NonFiniteError: a tensor holds NaN or infinity.
+    """
+    config = read_config(source.folder / CONFIG)
+    path = _weights_path(source.folder)
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{path}: tensor '{name}' holds NaN or infinity; train again")
+    has_record = (source.folder / RECORD).exists()
+    names = (CONFIG, path.name, *([RECORD] if has_record else []))
+    sha256 = {name: file_sha256(source.folder / name, AdapterError) for name in names}
+    return AdapterFiles(source, config, path, tensors, sha256)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of an adapter's weight file, by their names there.
+
+    Raises:
+        AdapterError: it is malformed.
+    """
+    if path.name == PICKLE:
+        return load_pickle(path, AdapterError)
+    read_header(path, AdapterError)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as cause:
+        raise AdapterError(f"{path}: not readable ({first_line(cause)})") from cause
+
+
+def model_names(files: AdapterFiles) -> dict[str, str]:
+    """Name in the file → the same without PEFT's prefix, for every tensor, sorted.
+
+    Raises:
+        AdapterError: one does not have it.
+    """
+    for key in sorted(files.tensors):
+        if not key.startswith(PREFIX):
+            raise AdapterError(f"{files.weights}: tensor '{key}' does not start with '{PREFIX}'")
+    return {key: key.removeprefix(PREFIX) for key in sorted(files.tensors)}
+
+
+def saved_name(name: str) -> str | None:
+    """The model's name of a tensor that is none of the method's own; None where it is a copy.
+
+    A tensor of `modules_to_save`, or a bias of a layer that PEFT has wrapped. Where PEFT saves a
+    resized embedding, it saves its own wrapper around it as well.
+    """
+    if ".original_module." in name:
+        return None
+    return name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+
+
+def named_base(config: Mapping[str, Any]) -> str | None:
+    """What an adapter's config names as its base, if that looks like a Hub id, or None.
+
+    A relative path may look like one too; only the Hub can tell.
+    """
+    named = config.get("base_model_name_or_path")
+    return str(named) if is_hub_id(named) else None
+
+
+def is_narrowed(config: Mapping[str, Any]) -> bool:
+    """Whether other fields of an adapter's config narrow `target_modules` down."""
+    return any(config.get(name) not in (None, []) for name in _NARROWING_FIELDS)
+
+
+def adapter_files(names: Iterable[str]) -> list[str]:
+    """Of a repository's file names, those of an adapter: its own, and its tokenizer's."""
+    top = [name for name in names if "/" not in name]
+    weights = SAFETENSORS if SAFETENSORS in top else PICKLE
+    small = (".json", ".txt", ".model", ".jinja")
+    return [n for n in top if n in (CONFIG, weights, RECORD) or n.endswith(small)]
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a field is a finite number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _weights_path(folder: Path) -> Path:
+    for name in (SAFETENSORS, PICKLE):
+        if (folder / name).exists():
+            return folder / name
+    raise AdapterError(f"{folder}: neither {SAFETENSORS} nor {PICKLE} is there")

@@ -1,0 +1,1 @@
+"""What adapters do to single weights, whatever kind of adapter says so."""
