@@ -1,5 +1,7 @@
 """`psoft-export inspect`: an adapter at a glance."""
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from psoft_export.cli.options import JsonOption, TokenOption
+from psoft_export.cli import options
+from psoft_export.cli.options import GivensOption, JsonOption, NeumannTermsOption, TokenOption
 from psoft_export.cli.output import Output
 
 if TYPE_CHECKING:
@@ -31,14 +34,24 @@ def inspect_command(
         Path | None,
         typer.Option("--plot", help="Draw the rotation angles into this file (png, svg, pdf)."),
     ] = None,
+    neumann_terms: NeumannTermsOption = None,
+    givens: GivensOption = None,
     token: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a PSOFT adapter is: method, options, size, and how far each layer turns."""
+    """Show what an adapter is: method, options, size, and how far each layer turns."""
     out = Output(as_json=as_json)  # before the Hub library reads its settings
     from psoft_export import inspect
 
-    summary = inspect(adapter, base=base, token=token)
+    summary = inspect(
+        adapter,
+        base=base,
+        neumann_terms=options.neumann_terms(neumann_terms),
+        givens=givens,
+        token=token,
+    )
+    for warning in summary.warnings:
+        out.warn(warning)
     if plot is not None:
         from psoft_export.plots import plot_rotation_angles
 
@@ -47,14 +60,61 @@ def inspect_command(
     out.result(summary.to_dict(), lambda console: _print_summary(console, summary))
 
 
+@dataclass(frozen=True)
+class _Column:
+    """A figure of the modules that share a row.
+
+    Attributes:
+        name: its heading.
+        of: the figures of one module; none where its method has none.
+        show: the text for several modules.
+    """
+
+    name: str
+    of: Callable[["LayerSummary"], Sequence[float | None]]
+    text: Callable[[list[float]], str]
+
+    def figures(self, layers: Iterable["LayerSummary"]) -> list[float]:
+        """Of all modules, ascending."""
+        return sorted(value for layer in layers for value in self.of(layer) if value is not None)
+
+    def applies(self, layers: Iterable["LayerSummary"]) -> bool:
+        """Whether there is anything to show."""
+        return bool(self.figures(layers))
+
+    def show(self, layers: Iterable["LayerSummary"]) -> str:
+        """The text for several modules."""
+        return self.text(self.figures(layers))
+
+
+def _of_psoft(layer: "LayerSummary", value: float) -> list[float]:
+    return [value] if layer.orthogonality_error is not None else []
+
+
+_COLUMNS = (
+    _Column("largest angle", lambda m: m.angles, lambda found: f"{found[-1]:.1f}°"),
+    _Column("median angle", lambda m: m.angles, lambda found: f"{found[len(found) // 2]:.1f}°"),
+    _Column(
+        "orthogonality error", lambda m: [m.orthogonality_error], lambda found: f"{found[-1]:.1e}"
+    ),
+    _Column("|a − 1|", lambda m: _of_psoft(m, m.vector_a), lambda found: f"{found[-1]:.3f}"),
+    _Column("|b − 1|", lambda m: _of_psoft(m, m.vector_b), lambda found: f"{found[-1]:.3f}"),
+    _Column(
+        "reference and paper apart", lambda m: [m.form_distance], lambda found: f"{found[-1]:.3f}"
+    ),
+)
+
+
 def _print_summary(console: Console, summary: "AdapterSummary") -> None:
     head = Table.grid(padding=(0, 2))
     head.add_row("adapter", summary.name)
     head.add_row("method", summary.method)
     head.add_row("options", ", ".join(f"{name} {value}" for name, value in summary.options.items()))
-    head.add_row("rank", str(summary.rank))
+    if summary.rank is not None:
+        head.add_row("rank", str(summary.rank))
     head.add_row("parameters", f"{summary.parameters:,} in {len(summary.layers)} modules")
-    head.add_row("basis record", summary.record or "none (docs/basis.md)")
+    if summary.needs_record:
+        head.add_row("basis record", summary.record or "none (docs/basis.md)")
     if summary.saved:
         saved = ", ".join(f"{name} {list(shape)}" for name, shape in summary.saved.items())
         head.add_row("saved modules", saved)
@@ -64,23 +124,16 @@ def _print_summary(console: Console, summary: "AdapterSummary") -> None:
     console.print()
     table = Table(box=None)
     table.add_column("module")
-    right = ("count", "largest angle", "median angle", "orthogonality error", "|a − 1|", "|b − 1|")
-    for column in (*right, *(("shape",) if summary.base else ())):
-        table.add_column(column, justify="right")
+    columns = [column for column in _COLUMNS if column.applies(summary.layers)]
+    names = [column.name for column in columns]
+    for name in ("count", *names, *(("shape",) if summary.base else ())):
+        table.add_column(name, justify="right")
     groups: dict[tuple[str, tuple[int, ...] | None], list[LayerSummary]] = {}
     for layer in summary.layers:
         groups.setdefault((layer.kind, layer.shape), []).append(layer)
     for (kind, shape), layers in groups.items():
-        angles = sorted(angle for layer in layers for angle in layer.angles)
-        row = [
-            kind,
-            str(len(layers)),
-            f"{angles[-1]:.1f}°",
-            f"{angles[len(angles) // 2]:.1f}°",
-            f"{max(layer.orthogonality_error for layer in layers):.1e}",
-            f"{max(layer.vector_a for layer in layers):.3f}",
-            f"{max(layer.vector_b for layer in layers):.3f}",
-        ]
+        shown = [column.show(layers) if column.applies(layers) else "–" for column in columns]
+        row = [kind, str(len(layers)), *shown]
         if shape is not None:
             row.append(" × ".join(map(str, shape)))
         table.add_row(*row)

@@ -1,10 +1,12 @@
 """`psoft-export lora`: the adapter as a LoRA adapter, for PEFT and for servers."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from psoft_export.cli import options
 from psoft_export.cli.options import (
     AdapterOption,
     BaseOption,
@@ -12,7 +14,9 @@ from psoft_export.cli.options import (
     CommitMessageOption,
     CreatePrOption,
     DeviceOption,
+    GivensOption,
     JsonOption,
+    NeumannTermsOption,
     NoCacheOption,
     OutputOption,
     OverwriteCardOption,
@@ -50,6 +54,8 @@ def lora_command(
     device: DeviceOption = "auto",
     svd_device: SvdDeviceOption = None,
     require_record: RequireRecordOption = False,
+    neumann_terms: NeumannTermsOption = None,
+    givens: GivensOption = None,
     cache_dir: CacheDirOption = None,
     no_cache: NoCacheOption = False,
     dtype: Annotated[
@@ -59,6 +65,14 @@ def lora_command(
         float | None,
         typer.Option(
             "--reduce-rank", metavar="TOL", help="Smaller rank at ‖error‖ / ‖ΔW‖ of at most TOL."
+        ),
+    ] = None,
+    approximate: Annotated[
+        int | None,
+        typer.Option(
+            "--approximate",
+            metavar="RANK",
+            help="Of a method whose ΔW has full rank (qGOFT, OFT, …): the nearest LoRA.",
         ),
     ] = None,
     overwrite: OverwriteOption = False,
@@ -72,9 +86,9 @@ def lora_command(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a PSOFT adapter as a LoRA adapter that PEFT and LoRA servers load.
+    """Write an adapter as a LoRA adapter that PEFT and LoRA servers load.
 
-    It is the same change of the weights: a PSOFT adapter is a LoRA pair already.
+    Of PSOFT it is the same change of the weights: a PSOFT adapter is a LoRA pair already.
     """
     out = Output(quiet=quiet, as_json=as_json)  # before the Hub library reads its settings
     upload = Upload.asked(
@@ -93,15 +107,23 @@ def lora_command(
             device=device,
             svd_device=svd_device,
             require_record=require_record,
+            neumann_terms=options.neumann_terms(neumann_terms),
+            givens=givens,
             cache=not no_cache,
             cache_dir=cache_dir,
             dtype=dtype,
             reduce_rank=reduce_rank,
+            approximate=approximate,
             overwrite=overwrite,
             token=token,
             progress=progress,
             planner=planner,
         )
+    show_lora(out, report, upload, output)
+
+
+def show_lora(out: Output, report: "LoraReport", upload: Upload | None, output: Path) -> None:
+    """Warn, publish if that was asked for, and print what was converted."""
     for warning in report.manifest["warnings"]:
         out.warn(warning)
     pushed = upload.finish(out, output) if upload is not None else None

@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from psoft_export.cli import options
 from psoft_export.cli.options import (
     AdapterOption,
     BaseOption,
@@ -13,7 +14,9 @@ from psoft_export.cli.options import (
     CommitMessageOption,
     CreatePrOption,
     DeviceOption,
+    GivensOption,
     JsonOption,
+    NeumannTermsOption,
     NoCacheOption,
     OutputOption,
     OverwriteCardOption,
@@ -58,6 +61,8 @@ def merge_command(
     device: DeviceOption = "auto",
     svd_device: SvdDeviceOption = None,
     require_record: RequireRecordOption = False,
+    neumann_terms: NeumannTermsOption = None,
+    givens: GivensOption = None,
     cache_dir: CacheDirOption = None,
     no_cache: NoCacheOption = False,
     dtype: Annotated[
@@ -114,6 +119,8 @@ def merge_command(
             base,
             adapter,
             require_record=require_record,
+            neumann_terms=options.neumann_terms(neumann_terms),
+            givens=givens,
             dtype=dtype,
             max_shard_size=max_shard_size,
             labels=names,
@@ -134,6 +141,8 @@ def merge_command(
                 device=device,
                 svd_device=svd_device,
                 require_record=require_record,
+                neumann_terms=options.neumann_terms(neumann_terms),
+                givens=givens,
                 cache=not no_cache,
                 cache_dir=cache_dir,
                 dtype=dtype,
@@ -170,8 +179,8 @@ def _print_plan(console: Console, plan: "MergePlan") -> None:
     for column in ("shape", "rank", "bytes"):
         table.add_column(column, justify="right", no_wrap=True)
     for target in plan.targets:
-        shape = " × ".join(map(str, target.spec.shape))
-        rank = str(plan.adapter.basis_options.rank)
+        shape = " × ".join(map(str, target.weight_shape))
+        rank = str(plan.adapter.rank or "full")
         table.add_row(target.module, target.spec.name, shape, rank, size(target.spec.nbytes))
     console.print(table)
     tensors = sum(len(shard.tensors) for shard in plan.layout.shards)
@@ -181,9 +190,10 @@ def _print_plan(console: Console, plan: "MergePlan") -> None:
     )
     for field, value in plan.layout.config_changes.items():
         console.print(f"config.json: {field} becomes {value}", markup=False)
-    record = plan.adapter.record
-    basis = f"recorded ({record.summary})" if record else "not recorded"
-    console.print(f"basis {basis}", markup=False, highlight=False)
+    if plan.adapter.needs_record:
+        record = plan.adapter.record
+        basis = f"recorded ({record.summary})" if record else "not recorded"
+        console.print(f"basis {basis}", markup=False, highlight=False)
     console.print(
         f"disk {size(plan.output_bytes)}, memory for tensors about {size(plan.working_bytes)} "
         "(CPU; Python and its libraries not counted)"
@@ -193,11 +203,15 @@ def _print_plan(console: Console, plan: "MergePlan") -> None:
 def _print_report(console: Console, report: "MergeReport") -> None:
     modules = report.modules
     deltas = sorted(module.relative_delta for module in modules)
+    rank = modules[0].rank
+    angles = [m.largest_angle for m in modules if m.largest_angle is not None]
+    errors = [m.orthogonality_error for m in modules if m.orthogonality_error is not None]
     rows = {
-        "merged": f"{len(modules)} modules, rank {modules[0].rank}",
+        "method": str(report.manifest["adapter"]["method"]),
+        "merged": f"{len(modules)} modules" + (f", rank {rank}" if rank is not None else ""),
         "‖ΔW‖/‖W‖": f"{deltas[0]:.3g} to {deltas[-1]:.3g}",
-        "largest rotation angle": f"{max(m.largest_angle for m in modules):.1f}°",
-        "orthogonality error": f"{max(m.orthogonality_error for m in modules):.1e}",
+        **({"largest rotation angle": f"{max(angles):.1f}°"} if angles else {}),
+        **({"orthogonality error": f"{max(errors):.1e}"} if errors else {}),
         "rounding error / ‖ΔW‖": f"{max(m.relative_rounding for m in modules):.2g} at most",
         **basis_facts(report.manifest["basis"], modules),
         **{f"checked: {name}": text for name, text in levels_run(report.verification).items()},

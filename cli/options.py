@@ -1,9 +1,11 @@
 """Options that several commands share, each named once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+from psoft_export.errors import UsageError
 
 BaseOption = Annotated[
     str,
@@ -11,7 +13,7 @@ BaseOption = Annotated[
 ]
 AdapterOption = Annotated[
     str,
-    typer.Option("--adapter", help="PSOFT adapter: a folder or a Hub id, with @revision or not."),
+    typer.Option("--adapter", help="Adapter: a folder or a Hub id, with @revision or not."),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 OverwriteOption = Annotated[
@@ -29,6 +31,24 @@ QuietOption = Annotated[
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
+]
+_OTHER_FORMATS = "Formats that do not say all of it"
+NeumannTermsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--neumann-terms",
+        metavar="N|exact",
+        help="PSOFT paper's checkpoints: terms of the Cayley–Neumann series; default: 5.",
+        rich_help_panel=_OTHER_FORMATS,
+    ),
+]
+GivensOption = Annotated[
+    Literal["reference", "paper"] | None,
+    typer.Option(
+        "--givens",
+        help="qGOFT: as its code computes (reference, the default) or as the paper says.",
+        rich_help_panel=_OTHER_FORMATS,
+    ),
 ]
 SvdDeviceOption = Annotated[
     str | None,
@@ -59,6 +79,25 @@ SummaryOption = Annotated[
 NoCacheOption = Annotated[
     bool, typer.Option("--no-cache", help="Neither read nor write the cache of bases.")
 ]
+
+
+def neumann_terms(text: str | None) -> int | Literal["exact"] | None:
+    """What `--neumann-terms` says.
+
+    Raises:
+        UsageError: it is neither a number nor `exact`.
+    """
+    if text is None:
+        return None
+    if text == "exact":
+        return "exact"
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(
+            f"neumann-terms '{text}': a number of at least 0, or exact, is needed"
+        ) from None
+
 
 _PUBLISHING = "Publishing"
 PushToOption = Annotated[

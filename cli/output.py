@@ -108,6 +108,8 @@ def basis_facts(
     """Where the bases of a run came from, and what that leaves open."""
     from psoft_export.manifest import basis_origin
 
+    if basis["record"] is None and basis["solver"] is None and "stored" not in basis:
+        return {}
     known = [m.basis_uncertainty for m in modules if m.basis_uncertainty is not None]
     left_open = f"{max(known):.1e} at most" if len(known) == len(modules) else "not known"
     return {"basis": basis_origin(basis), "left open by the basis / ‖ΔW‖": left_open}

@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from psoft_export.cli import options
+from psoft_export.cli.lora import show_lora
 from psoft_export.cli.options import (
     AdapterOption,
     BaseOption,
@@ -15,6 +17,7 @@ from psoft_export.cli.options import (
     CreatePrOption,
     DeviceOption,
     JsonOption,
+    NeumannTermsOption,
     NoCacheOption,
     OutputOption,
     OverwriteCardOption,
@@ -97,10 +100,15 @@ def convert_command(
     base: BaseOption,
     adapter: AdapterOption,
     to: Annotated[
-        Literal["signs", "full", "this-machine"],
-        typer.Option("--to", help="Kind of record, or the basis that PEFT finds on this machine."),
+        Literal["signs", "full", "this-machine", "peft", "lora"],
+        typer.Option(
+            "--to",
+            help="Kind of record; the basis that PEFT finds on this machine; of a checkpoint of "
+            "the paper's code, PEFT's PSOFT format; or a LoRA, as 'psoft-export lora' writes it.",
+        ),
     ],
     output: OutputOption,
+    neumann_terms: NeumannTermsOption = None,
     device: DeviceOption = "auto",
     cache_dir: CacheDirOption = None,
     no_cache: NoCacheOption = False,
@@ -115,29 +123,33 @@ def convert_command(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a recorded adapter in another form that means the same weights."""
+    """Write a PSOFT adapter in another form that means the same weights."""
     out = Output(quiet=quiet, as_json=as_json)
     upload = Upload.asked(
         push_to, private, revision, create_pr, commit_message, overwrite_card, token
     )
-    from psoft_export import convert
+    from psoft_export import convert, to_lora
 
     if upload is not None:
         upload.prepare()
     with out.merge_progress("converting") as progress:
-        report = convert(
-            base,
-            adapter,
-            output,
-            to=to,
-            device=device,
-            cache=not no_cache,
-            cache_dir=cache_dir,
-            overwrite=overwrite,
-            token=token,
-            progress=progress,
-        )
-    _show(out, report, upload, output)
+        shared: dict[str, Any] = {
+            "neumann_terms": options.neumann_terms(neumann_terms),
+            "device": device,
+            "cache": not no_cache,
+            "cache_dir": cache_dir,
+            "overwrite": overwrite,
+            "token": token,
+            "progress": progress,
+        }
+        if to == "lora":
+            lora = to_lora(base, adapter, output, **shared)
+        else:
+            report = convert(base, adapter, output, to=to, **shared)
+    if to == "lora":
+        show_lora(out, lora, upload, output)
+    else:
+        _show(out, report, upload, output)
 
 
 def _show(

@@ -4,12 +4,15 @@ from typing import Annotated, Literal
 
 import typer
 
+from psoft_export.cli import options
 from psoft_export.cli.options import (
     AdapterOption,
     BaseOption,
     CacheDirOption,
     DeviceOption,
+    GivensOption,
     JsonOption,
+    NeumannTermsOption,
     NoCacheOption,
     QuietOption,
     ReportOption,
@@ -53,6 +56,8 @@ def verify_command(
     device: DeviceOption = "auto",
     svd_device: SvdDeviceOption = None,
     require_record: RequireRecordOption = False,
+    neumann_terms: NeumannTermsOption = None,
+    givens: GivensOption = None,
     cache_dir: CacheDirOption = None,
     no_cache: NoCacheOption = False,
     token: TokenOption = None,
@@ -79,6 +84,8 @@ def verify_command(
             device=device,
             svd_device=svd_device,
             require_record=require_record,
+            neumann_terms=options.neumann_terms(neumann_terms),
+            givens=givens,
             cache=not no_cache,
             cache_dir=cache_dir,
             token=token,

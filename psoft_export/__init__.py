@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from psoft_export.adapters.psoft import Adapter, load_adapter
+    from psoft_export.adapters.adapter import Adapter
+    from psoft_export.adapters.kinds import load_adapter
     from psoft_export.errors import PsoftExportError
     from psoft_export.inspection import AdapterSummary, LayerSummary, inspect
     from psoft_export.lora import LoraReport, to_lora
@@ -67,7 +68,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Adapter": "adapters.psoft",
+    "Adapter": "adapters.adapter",
     "AdapterSummary": "inspection",
     "LayerSummary": "inspection",
     "LoraModule": "manifest",
@@ -86,7 +87,7 @@ _HOMES = {
     "check_record": "recording",
     "convert": "recording",
     "inspect": "inspection",
-    "load_adapter": "adapters.psoft",
+    "load_adapter": "adapters.kinds",
     "merge": "merging",
     "plan_merge": "merging",
     "push": "publishing",

@@ -125,8 +125,7 @@ class BasisFinder:
     @property
     def _depends_on_svd(self) -> bool:
         """Whether nothing says which of the possible bases is meant."""
-        subspace = self._subspace
-        return subspace is not None and subspace.record is None and not subspace.bases
+        return self._adapter.needs_record and self._adapter.record is None
 
     def find(self, module: str, weight: Tensor, sha256: str) -> FoundBasis:
         """The basis of one module.
@@ -227,8 +226,8 @@ def _check_belongs(module: str, weight: Tensor, basis: Basis, options: BasisOpti
     if off > _BELONGS * largest:
         raise MismatchError(
             f"module '{module}': the A and B that the adapter holds are no singular vectors of "
-            f"this base's weight (off by {off / largest if largest else math.inf:.0%}); the adapter "
-            "was trained on another base"
+            f"this base's weight (off by {off / largest if largest else math.inf:.0%}); it was "
+            "trained on another base"
         )
 
 

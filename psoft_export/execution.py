@@ -178,7 +178,8 @@ class Run:
     def _merged(self, target: Target) -> _Merged:
         """Merge one target, given its basis, and compare the result with the second evaluation."""
         tensor = target.tensor
-        assert target.basis is not None
+        found = target.basis
+        assert found is not None
         weight = target.weight.values.to(self._device)
         target = replace(target, weight=replace(target.weight, values=weight))
         change = target.change(self._plan.adapter)
@@ -211,7 +212,7 @@ class Run:
             relative_delta=deviation.relative_delta,
             largest_angle=facts.largest_angle,
             orthogonality_error=facts.orthogonality_error,
-            basis_uncertainty=target.basis.uncertainty,
+            basis_uncertainty=found.uncertainty,
             relative_rounding=figures.rounding_norm / delta_norm if delta_norm else 0.0,
         )
         geometry = examine_geometry(target, change) if self._with_geometry else None

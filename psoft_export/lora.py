@@ -1,6 +1,7 @@
 """PSOFT as LoRA: ΔW = scaling · B (R − I) A is a LoRA pair already, exactly.
 
-No ΔW is formed and none decomposed. Names and config are those of PEFT's LoRA, which vLLM,
+No ΔW is formed and none decomposed, but where the method's ΔW has full rank and an approximation
+is asked for. Names and config are those of PEFT's LoRA, which vLLM,
 SGLang and llama.cpp's converter read (`docs/lora.md`).
 """
 
@@ -14,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psoft_export.adapters.adapter import Adapter, GivensForm, NeumannTerms
-from psoft_export.adapters.files import CONFIG, PREFIX, SAFETENSORS
+from psoft_export.adapters.adapter import Adapter, GivensForm, NeumannTerms, SubspaceAdapter
+from psoft_export.adapters.files import CONFIG, PREFIX, SAFETENSORS, is_narrowed
 from psoft_export.algebra.low_rank import (
     needed_rank,
     product_difference,
     product_norm,
     spectral_factors,
 )
-from psoft_export.algebra.merged_weight import low_rank_factors
-from psoft_export.algebra.rotation import rotation
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
 from psoft_export.bases import BasisFinder
+from psoft_export.basis.solver import leading_triplets
 from psoft_export.cache import open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES, parse_dtype
@@ -34,7 +34,7 @@ from psoft_export.checkpoint.reader import raw
 from psoft_export.checkpoint.safetensors_file import read_header, read_tensor
 from psoft_export.checkpoint.writer import ShardWriter, TensorSpec, aligned_order
 from psoft_export.device import choose_device
-from psoft_export.errors import NonFiniteError, OutputError, UsageError
+from psoft_export.errors import NonFiniteError, OutputError, UnsupportedError, UsageError
 from psoft_export.manifest import FILENAME, LoraModule
 from psoft_export.merging import check_apart, companion_hashes, describe_run, plan_merge
 from psoft_export.pipeline import Progress, ProgressCallback, Target, TargetPipeline
@@ -79,15 +79,20 @@ def to_lora(
     cache_dir: str | Path | None = None,
     dtype: str = "fp32",
     reduce_rank: float | None = None,
+    approximate: int | None = None,
+    neumann_terms: NeumannTerms | None = None,
+    givens: GivensForm | None = None,
     overwrite: bool = False,
     token: str | None = None,
     progress: ProgressCallback | None = None,
     planner: Planner | None = None,
 ) -> LoraReport:
-    """Write a PSOFT adapter as a LoRA adapter that PEFT and LoRA servers load.
+    """Write an adapter as a LoRA adapter that PEFT and LoRA servers load.
 
-    `lora_A` = A and `lora_B` = B (R − I), formed in float64 and rounded once, with
-    `lora_alpha` = `psoft_alpha`; tensors of `modules_to_save` are carried over.
+    Of a PSOFT adapter `lora_A` = A and `lora_B` = B (R − I), formed in float64 and rounded once,
+    with `lora_alpha` = `psoft_alpha`; tensors of `modules_to_save` are carried over. A method
+    whose ΔW has full rank (qGOFT, OFT, BOFT, HRA) has no LoRA; `approximate` gives the nearest
+    one of a rank, and the report says how near.
 
     Args:
         base: folder or Hub id of the base that the adapter was trained on.
@@ -101,6 +106,9 @@ def to_lora(
         dtype: `fp32`, `fp16` or `bf16`, of `lora_A` and `lora_B`.
         reduce_rank: the largest ‖error‖ / ‖ΔW‖ (Frobenius) that a module may have for a smaller
             rank; every module gets the rank that the most demanding one needs. Below 1.
+        approximate: for a ΔW of full rank: the rank of the nearest LoRA, by an SVD of ΔW.
+        neumann_terms: as of `load_adapter`.
+        givens: as of `load_adapter`.
         overwrite: replace a non-empty output folder.
         token: a Hub token.
         progress: called after each module.
@@ -108,6 +116,8 @@ def to_lora(
 
     Raises:
         UsageError: `reduce_rank` or another option cannot be used.
+        UnsupportedError: the adapter is a LoRA already, or ΔW has full rank and `approximate` is
+            not given.
         NonFiniteError: an entry does not fit `dtype`.
         PsoftExportError: as `merge`.
 
@@ -123,20 +133,32 @@ def to_lora(
     store = open_cache(cache_dir) if cache else None
     target = Path(output)
     check_target(target.absolute(), overwrite=overwrite)
-    plan = plan_merge(base, adapter, require_record=require_record, token=token, planner=planner)
+    plan = plan_merge(
+        base,
+        adapter,
+        require_record=require_record,
+        neumann_terms=neumann_terms,
+        givens=givens,
+        token=token,
+        planner=planner,
+    )
+    rank = _converted_rank(plan, approximate, reduce_rank)
     check_apart(target, plan)
     bases = BasisFinder(plan.adapter, device=on, svd_device=trained_on, cache=store)
-    conversion = _Conversion(plan, bases, on, TORCH_DTYPES[code], reduce_rank, progress)
+    conversion = _Conversion(plan, bases, on, TORCH_DTYPES[code], rank, reduce_rank, progress)
     files = companions.brought(plan.adapter.source.folder)
     hashes = companion_hashes(plan, files)
     room = companions.ROOM_BYTES + conversion.needed_bytes()
     with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
         companions.write_companions(files, folder.path)
         rank = conversion.write(folder.path)
-        scaled = reduce_rank is not None
-        config = _config(plan, rank, rank if scaled else plan.adapter.config.get("psoft_alpha", 32))
+        loaded: Adapter = plan.adapter
+        alpha: float = rank
+        if isinstance(loaded, SubspaceAdapter) and reduce_rank is None:
+            alpha = loaded.alpha
+        config = _config(plan, rank, alpha)
         companions.write_json(folder.path / CONFIG, config)
-        options = {"dtype": code, "reduce_rank": reduce_rank}
+        options = {"dtype": code, "reduce_rank": reduce_rank, "approximate": approximate}
         content = describe_run(
             plan,
             bases,
@@ -151,6 +173,34 @@ def to_lora(
         companions.write_json(folder.path / FILENAME, content)
         folder.commit()
     return LoraReport(target, rank, tuple(conversion.modules), content)
+
+
+def _converted_rank(plan: MergePlan, approximate: int | None, reduce_rank: float | None) -> int:
+    """The rank to convert with, before any reduction.
+
+    Raises:
+        UnsupportedError: the adapter is a LoRA, or has none and no approximation is asked for.
+        UsageError: the options do not go together.
+    """
+    adapter = plan.adapter
+    if isinstance(adapter, SubspaceAdapter):
+        if approximate is not None:
+            raise UsageError("approximate: this adapter is a LoRA pair exactly; leave it away")
+        return adapter.rank
+    if adapter.rank is not None:
+        raise UnsupportedError(f"{adapter.source.name}: is a LoRA adapter already")
+    if approximate is None:
+        raise UnsupportedError(
+            f"{adapter.source.name}: {adapter.method}: its ΔW has full rank, so no LoRA is equal "
+            "to it; merge it, or take the nearest LoRA of a rank r with --approximate r (the error "
+            "is reported)"
+        )
+    if reduce_rank is not None:
+        raise UsageError("reduce-rank: not with approximate, which chooses the rank")
+    largest = min(min(target.spec.shape) for target in plan.targets)
+    if not 1 <= approximate <= largest:
+        raise UsageError(f"approximate {approximate}: a rank from 1 to {largest} is needed")
+    return approximate
 
 
 class _Conversion:
@@ -168,6 +218,7 @@ class _Conversion:
         bases: BasisFinder,
         device: torch.device,
         dtype: torch.dtype,
+        rank: int,
         tolerance: float | None,
         progress: ProgressCallback | None,
     ) -> None:
@@ -178,24 +229,29 @@ class _Conversion:
         self._bases = bases
         self._device = device
         self._dtype = dtype
+        self._rank = rank
         self._tolerance = tolerance
+        adapter = plan.adapter
+        self._scaling = (
+            adapter.basis_options.scaling if isinstance(adapter, SubspaceAdapter) else 1.0
+        )
         self._progress = progress
         self._targets = plan.targets
 
     def needed_bytes(self) -> int:
         """Disk that the tensors take, at most."""
         spooled = 0 if self._tolerance is None else torch.float64.itemsize
-        rank = self._plan.adapter.basis_options.rank
-        numbers = sum(rank * sum(target.spec.shape) for target in self._targets)
+        numbers = sum(self._rank * sum(target.spec.shape) for target in self._targets)
         saved = sum(tensor.nbytes for tensor in self._plan.adapter.saved.values())
         return numbers * (self._dtype.itemsize + spooled) + saved
 
     def write(self, folder: Path) -> int:
         """Write `adapter_model.safetensors`; returns its rank."""
         if self._tolerance is None:
-            rank = self._plan.adapter.basis_options.rank
-            self._write_factors(folder, rank, self._pairs(self._exact))
-            return rank
+            adapter = self._plan.adapter
+            use = self._exact if isinstance(adapter, SubspaceAdapter) else self._approximated
+            self._write_factors(folder, self._rank, self._pairs(use))
+            return self._rank
         spool = folder / _SPOOL
         rank = self._spool(spool)
         self._write_factors(folder, rank, self._reduced(spool, rank))
@@ -205,9 +261,7 @@ class _Conversion:
     def _write_factors(
         self, folder: Path, rank: int, pairs: Generator[tuple[Tensor, Tensor]]
     ) -> None:
-        saved = {
-            f"{PREFIX}{name}": tensor for name, tensor in self._plan.adapter.saved.items()
-        }
+        saved = {f"{PREFIX}{name}": tensor for name, tensor in self._plan.adapter.saved.items()}
         specs = aligned_order(
             [
                 *_factor_specs(self._targets, rank, CODES[self._dtype]),
@@ -250,10 +304,9 @@ class _Conversion:
             self.sha256 = reader.sha256()
 
     def _factors(self, target: Target, scaling: float) -> tuple[Tensor, Tensor]:
-        assert target.basis is not None
-        basis = target.basis.basis
-        turn = rotation(self._plan.adapter.rotations[target.module])
-        return low_rank_factors(basis.a, basis.b, turn, scaling)
+        factors = target.change(self._plan.adapter).low_rank_factors(scaling)
+        assert factors is not None
+        return factors
 
     def _exact(self, target: Target) -> tuple[LoraModule, Tensor, Tensor]:
         """The report, lora_A and lora_B of one module."""
@@ -262,18 +315,29 @@ class _Conversion:
         a, b, error = self._rounded(target.tensor, left, right, rank)
         return self._report(target, rank, error), a, b
 
+    def _approximated(self, target: Target) -> tuple[LoraModule, Tensor, Tensor]:
+        """As `_exact`, of the nearest product of the rank asked for."""
+        weight = target.weight.values.to(self._device)
+        merge = target.change(self._plan.adapter).merging(weight)
+        original = weight.double()
+        delta = merge(original.clone(), slice(0, len(weight))).sub_(original)
+        found = leading_triplets(delta, self._rank).triplets
+        left, right = (found.left * found.values).double(), found.right.double()
+        a, b, _ = self._rounded(target.tensor, left, right, self._rank)
+        norm = float(torch.linalg.matrix_norm(delta))
+        error = float(torch.linalg.matrix_norm(delta.sub_((b.double() @ a.double()).to(delta))))
+        return self._report(target, self._rank, error / norm if norm else 0.0), a, b
+
     def _spectral(self, target: Target) -> tuple[LoraModule, Tensor, Tensor]:
         """As `_exact`, in float64 and in the order of the singular values of ΔW."""
         assert self._tolerance is not None
-        left, right, values = spectral_factors(
-            *self._factors(target, self._plan.adapter.basis_options.scaling)
-        )
+        left, right, values = spectral_factors(*self._factors(target, self._scaling))
         needed = needed_rank(values, self._tolerance)
         return self._report(target, needed, 0.0), right.cpu(), left.cpu()
 
     def _spool(self, path: Path) -> int:
         """Write all factors in float64; returns the rank that the modules need."""
-        specs = _factor_specs(self._targets, self._plan.adapter.basis_options.rank, "F64")
+        specs = _factor_specs(self._targets, self._rank, "F64")
         writer = ShardWriter(path, specs, {})
         try:
             with closing(self._pairs(self._spectral)) as pairs:
@@ -313,12 +377,11 @@ class _Conversion:
 
     def _report(self, target: Target, needed: int, error: float) -> LoraModule:
         assert target.basis is not None
-        rows, columns = target.tensor.spec.shape
         return LoraModule(
             module=target.module,
             tensor=target.tensor.spec.name,
-            shape=(rows, columns),
-            rank=self._plan.adapter.basis_options.rank,
+            shape=target.tensor.weight_shape,
+            rank=self._rank,
             needed_rank=needed,
             relative_error=error,
             basis_uncertainty=target.basis.uncertainty,
@@ -336,7 +399,7 @@ def _factor_names(target: PlannedTensor) -> tuple[str, str]:
 def _factor_specs(targets: list[PlannedTensor], rank: int, code: str) -> list[TensorSpec]:
     specs = []
     for target in targets:
-        rows, columns = target.spec.shape
+        rows, columns = target.weight_shape
         first, second = _factor_names(target)
         specs += [TensorSpec(first, code, (rank, columns)), TensorSpec(second, code, (rows, rank))]
     return specs
@@ -359,7 +422,7 @@ def _config(plan: MergePlan, rank: int, alpha: float) -> dict[str, Any]:
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(target.transposed for target in plan.targets),
         "target_modules": _target_modules(plan.adapter),
         "modules_to_save": ours.get("modules_to_save"),
     }
@@ -371,9 +434,9 @@ def _target_modules(adapter: Adapter) -> list[str]:
     Servers read a list; PEFT would take a pattern or 'all-linear' as well.
     """
     wanted = adapter.config.get("target_modules")
-    if isinstance(wanted, list) and not psoft.is_narrowed(adapter):
+    if isinstance(wanted, list) and not is_narrowed(adapter.config):
         return sorted(str(name) for name in wanted)
-    return list(adapter.rotations)
+    return list(adapter.modules)
 
 
 def _serving_warnings(adapter: Adapter, rank: int) -> list[str]:

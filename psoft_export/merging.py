@@ -8,8 +8,14 @@ from typing import Any
 import torch
 
 from psoft_export.adapters import basis_record
+from psoft_export.adapters.adapter import (
+    Adapter,
+    GivensForm,
+    NeumannTerms,
+    Reading,
+    SubspaceAdapter,
+)
 from psoft_export.adapters.basis_record import BasisRecord
-from psoft_export.adapters.adapter import Adapter, GivensForm, NeumannTerms, Reading, SubspaceAdapter
 from psoft_export.adapters.files import named_base
 from psoft_export.adapters.kinds import load_adapter
 from psoft_export.algebra.merged_weight import product_error_bound
@@ -191,7 +197,7 @@ def plan_merge(
     code = parse_dtype(dtype) if dtype is not None else None
     reading = Reading(neumann_terms, givens)
     loaded = load_adapter(adapter, neumann_terms=neumann_terms, givens=givens, token=token)
-    if require_record and isinstance(loaded, SubspaceAdapter) and not loaded.bases:
+    if require_record and loaded.needs_record:
         needed_record(loaded)
     source = resolve(base, companions.CONFIG, base_files, token=token)
     checkpoint = open_checkpoint(source.folder)
@@ -369,6 +375,8 @@ def describe_run(
         base=source_record(plan.base, {**weights, **beside["base"]}),
         adapter=source_record(adapter.source, {**adapter.sha256, **beside["adapter"]})
         | {
+            "name_of_method": adapter.method_name,
+            "paper": adapter.paper,
             "method": adapter.method,
             "options": dict(adapter.options),
             "base_model": named_base(adapter.config),

@@ -47,12 +47,13 @@ def merged_card(
     pipeline = "modules.json" in files and str(manifest["model_class"]).endswith("Model")
     modules = manifest["modules"]
     deltas = [module["relative_delta"] for module in modules]
-    angle = max(module["largest_angle"] for module in modules)
+    angles = [m["largest_angle"] for m in modules if m["largest_angle"] is not None]
+    angle = f"; largest rotation angle {max(angles):.1f}°" if angles else ""
     rounding = max(module["relative_rounding"] for module in modules)
     facts = {
         **_origin(manifest, base),
         "changed": f"{len(modules)} weights; ‖ΔW‖ / ‖W‖ from {min(deltas):.3g} to "
-        f"{max(deltas):.3g}; largest rotation angle {angle:.1f}°",
+        f"{max(deltas):.3g}{angle}",
         "dtype": manifest["options"].get("dtype") or "each tensor as the base stores it",
         "rounding": f"‖merged − (W + ΔW)‖ / ‖ΔW‖ is {rounding:.1e} at most",
         **_basis(manifest),
@@ -63,10 +64,11 @@ def merged_card(
         "": f"{_first(manifest, base)} merged into its weights by psoft-export.\n\n{_table(facts)}",
         "Use": _python(use),
         "Equivalence": _verdict(manifest.get("verification") or {}),
-        **_shared_end(manifest["warnings"], files),
+        **_shared_end(manifest["warnings"], files, _named(manifest)),
     }
     library = "sentence-transformers" if pipeline else "transformers"
-    return _card(repo_id, sections, base, "finetune", library, ())
+    tags = (_named(manifest)[0].lower(),)
+    return _card(repo_id, sections, base, "finetune", library, tags)
 
 
 def lora_card(
@@ -91,11 +93,12 @@ def lora_card(
         "": f"{_first(manifest, base)} written as a LoRA adapter by psoft-export: the same "
         f"change of the weights.\n\n{_table(facts)}",
         "Use": _python(_peft(_class(manifest["model_class"]), repo_id, base, _commit(manifest))),
-        "Equivalence": "The error above is of the files written, against the PSOFT adapter's ΔW "
+        "Equivalence": "The error above is of the files written, against the adapter's ΔW "
         "in float64. Outputs were not compared.",
-        **_shared_end(manifest["warnings"], files),
+        **_shared_end(manifest["warnings"], files, _named(manifest)),
     }
-    return _card(repo_id, sections, base, "adapter", "peft", ("lora",))
+    tags = (_named(manifest)[0].lower(), "lora")
+    return _card(repo_id, sections, base, "adapter", "peft", tags)
 
 
 def adapter_card(
@@ -103,14 +106,14 @@ def adapter_card(
 ) -> str:
     """The card of a PSOFT adapter; `config` is its `adapter_config.json`, the rest as above."""
     options = ", ".join(f"`{name}` {value}" for name, value in summary.options.items())
-    angle = max(layer.angles[0] for layer in summary.layers)
+    angles = [layer.angles[0] for layer in summary.layers if layer.angles]
+    angle = f"; largest rotation angle {max(angles):.1f}°" if angles else ""
     revision = _revision(config.get("revision"))
     facts = {
         "base": _link(base, revision) if base else "not known here",
         "method": f"[PSOFT]({PAPER}): {summary.method}",
         "options": options,
-        "size": f"{summary.parameters:,} numbers in {len(summary.layers)} modules; largest "
-        f"rotation angle {angle:.1f}°",
+        "size": f"{summary.parameters:,} numbers in {len(summary.layers)} modules{angle}",
         "basis record": f"inside: {_plain(summary.record)}" if summary.record else "none",
     }
     base_class = (config.get("auto_mapping") or {}).get("base_model_class")
@@ -134,9 +137,9 @@ def adapter_card(
         f"in PEFT's format.\n\n{_table(facts)}",
         "Use": f"{_python(use)}\n\nOr as a checkpoint of its own:\n\n"
         f"```sh\n{merge} --output merged\n```",
-        **_shared_end(warnings, ()),
+        **_shared_end(warnings, (), ("PSOFT", PAPER)),
     }
-    return _card(repo_id, sections, base, "adapter", "peft", ())
+    return _card(repo_id, sections, base, "adapter", "peft", ("psoft",))
 
 
 def is_handwritten(text: str) -> bool:
@@ -161,7 +164,7 @@ def _card(
         base_model=base,
         base_model_relation=relation if base else None,
         library_name=library,
-        tags=["psoft", "psoft-export", *tags],
+        tags=[*dict.fromkeys((*tags, "psoft-export"))],
     )
     parts = [f"# {repo_id.rpartition('/')[2]}"]
     parts += [f"## {name}\n\n{text}" if name else text for name, text in sections.items()]
@@ -178,18 +181,26 @@ def _first(manifest: Mapping[str, Any], base: str | None) -> str:
     adapter = manifest["adapter"]
     name = _link(adapter["name"], None) if adapter["kind"] == "hub" else _code(adapter["name"])
     on = _link(base, None) if base else _code(manifest["base"]["name"])
-    return f"{on} with the PSOFT adapter {name}"
+    return f"{on} with the {_plain(_named(manifest)[0])} adapter {name}"
+
+
+def _named(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """The method's name and the address of its paper."""
+    adapter = manifest["adapter"]
+    return str(adapter.get("name_of_method", "PSOFT")), str(adapter.get("paper", PAPER))
 
 
 def _origin(manifest: Mapping[str, Any], base: str | None) -> dict[str, str]:
     """Base, adapter and method."""
     adapter = manifest["adapter"]
-    rank = max(module["rank"] for module in manifest["modules"])
+    ranks = [m["rank"] for m in manifest["modules"] if m["rank"] is not None]
+    name, paper = _named(manifest)
     rows = {side: _source(manifest[side]) for side in ("base", "adapter")}
     if base and manifest["base"]["kind"] != "hub":
         rows["base"] += f"; the adapter's config names {_link(base, None)} as its base"
     method = _plain(adapter.get("method") or "")
-    rows["method"] = f"[PSOFT]({PAPER}){': ' + method if method else ''}, rank {rank}"
+    rank = f", rank {max(ranks)}" if ranks else ""
+    rows["method"] = f"[{_plain(name)}]({paper}){': ' + method if method else ''}{rank}"
     return rows
 
 
@@ -218,7 +229,10 @@ def _revision(name: object) -> str | None:
 
 
 def _basis(manifest: Mapping[str, Any]) -> dict[str, str]:
-    record = manifest["basis"]["record"]
+    basis = manifest["basis"]
+    record, stored = basis["record"], basis.get("stored")
+    if record is None and basis["solver"] is None:
+        return {"basis": f"A and B as the adapter's {_code(stored)} holds them"} if stored else {}
     known = [module["basis_uncertainty"] for module in manifest["modules"]]
     if record is None:
         origin = "not recorded; see below"
@@ -324,15 +338,19 @@ def _outputs(outputs: Mapping[str, Any]) -> str:
     return text
 
 
-def _shared_end(warnings: Iterable[str], files: Iterable[str]) -> dict[str, str]:
-    """What to know of it, whose licence, and what to cite."""
+def _shared_end(
+    warnings: Iterable[str], files: Iterable[str], method: tuple[str, str]
+) -> dict[str, str]:
+    """What to know of it, whose licence, and what to cite: the method's name and paper."""
     notes = [_plain(warning) for warning in warnings]
     notes = [note[:1].upper() + note[1:].rstrip(".") + "." for note in notes]
     legal = sorted(n for n in files if n.upper().startswith(("LICENSE", "LICENCE", "NOTICE")))
     if legal:
         notes.append(f"The base's licence is in {', '.join(map(_code, legal))}.")
     sections = {"What to know": "\n".join(f"- {note}" for note in notes)} if notes else {}
-    return sections | {"Citation": f"The method is PSOFT: arXiv 2505.11235, {PAPER}"}
+    name, paper = method
+    arxiv = paper.rpartition("/")[2]
+    return sections | {"Citation": f"The method is {_plain(name)}: arXiv {arxiv}, {paper}"}
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -136,7 +136,7 @@ class MergePlan:
         if not isinstance(self.adapter, SubspaceAdapter):
             dense = max((8 * rows * columns for rows, columns in shapes), default=0)
             return 8 * CHUNK_BYTES + on_their_way + self.adapter.dense_copies * workers * dense
-        if record is None and not self.adapter.bases:
+        if record is None and self.adapter.needs_record:
             return 8 * CHUNK_BYTES + max(map(_svd_bytes, shapes), default=0)
         is_solved = record is not None and record.kind == "signs"
         solving = max(map(_solver_bytes, shapes), default=0) if is_solved else 0

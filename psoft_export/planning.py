@@ -202,11 +202,7 @@ def _check_coverage(skeleton: Skeleton, adapter: Adapter) -> None:
         matches = [p for p in paths if re.fullmatch(wanted, p)]
     else:
         suffixes = tuple(str(name) for name in wanted or ())
-        matches = [
-            p
-            for p in paths
-            if any(p == s or p.endswith("." + s) for s in suffixes)
-        ]
+        matches = [p for p in paths if any(p == s or p.endswith("." + s) for s in suffixes)]
     adapted = {skeleton.module_path(stored) for stored in adapter.modules}
     missing = [
         path

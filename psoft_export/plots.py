@@ -87,6 +87,6 @@ def plot_extra(option: str) -> Iterator[None]:
 def _draw_panel(panel: "Axes", kind: str, layers: list[LayerSummary], colours: object) -> None:
     for layer in layers:
         colour = colours.to_rgba(layer.layer or 0)  # type: ignore[attr-defined]
-        panel.plot(range(1, layer.rank + 1), layer.angles, color=colour, linewidth=1.2)
+        panel.plot(range(1, len(layer.angles) + 1), layer.angles, color=colour, linewidth=1.2)
     panel.set_title(f"{kind} ({len(layers)})", fontsize=10)
     panel.grid(alpha=0.3)

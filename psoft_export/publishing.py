@@ -24,7 +24,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 
-from psoft_export.adapters import basis_record, psoft
+from psoft_export.adapters import basis_record
+from psoft_export.adapters.files import CONFIG, SAFETENSORS, adapter_files, named_base
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.hub import checked_token, hub_problem, is_hub_id, is_valid_id
 from psoft_export.checkpoint.reader import file_sha256, open_checkpoint
@@ -53,7 +54,7 @@ _MESSAGES: dict[Kind, str] = {
 # What a loader takes in preference to, or together with, the files that are pushed.
 _LOADED = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
-    rf"|{re.escape(psoft.CONFIG)}|{re.escape(basis_record.FILENAME)}|{re.escape(FILENAME)}"
+    rf"|{re.escape(CONFIG)}|{re.escape(basis_record.FILENAME)}|{re.escape(FILENAME)}"
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LEFT_HERE = {"__pycache__"}
@@ -241,7 +242,7 @@ def read_publication(folder: str | Path) -> Publication:
     files = _files(root)
     if FILENAME in files:
         return _written_here(root, files)
-    if psoft.CONFIG in files:
+    if CONFIG in files:
         return _psoft_adapter(root, files)
     raise UsageError(
         f"{root}: has no {FILENAME}, so psoft-export did not write it, and is no PSOFT adapter; "
@@ -262,10 +263,10 @@ def _written_here(root: Path, files: dict[str, Path]) -> Publication:
     from_hub = base.get("kind") == "hub" and is_hub_id(base.get("name"))
     linked = base["name"] if from_hub else (manifest.get("adapter") or {}).get("base_model")
     linked = linked if is_hub_id(linked) else None
-    if psoft.CONFIG in files:
-        config = _json(files[psoft.CONFIG])
-        read_header(root / psoft.SAFETENSORS, AdapterError)
-        _check_unchanged(root, {psoft.SAFETENSORS}, manifest)
+    if CONFIG in files:
+        config = _json(files[CONFIG])
+        read_header(root / SAFETENSORS, AdapterError)
+        _check_unchanged(root, {SAFETENSORS}, manifest)
         return Publication(
             root,
             "lora",
@@ -292,11 +293,16 @@ def _written_here(root: Path, files: dict[str, Path]) -> Publication:
 
 def _psoft_adapter(root: Path, files: dict[str, Path]) -> Publication:
     # Only what belongs to an adapter: a Trainer's folder holds optimizer states and pickles too.
-    files = {name: files[name] for name in psoft.adapter_files(files)}
+    files = {name: files[name] for name in adapter_files(files)}
     summary = inspect(root)
-    config = _json(files[psoft.CONFIG])
+    if not summary.needs_record:
+        raise UsageError(
+            f"{root}: {summary.method}: push takes adapters in PEFT's PSOFT format; merge or "
+            "convert this one, and push what that writes"
+        )
+    config = _json(files[CONFIG])
     warnings = _path_warning(config)
-    if summary.record is None:
+    if summary.record is None and summary.needs_record:
         warnings += (
             "the adapter has no basis record; 'psoft-export record' on the machine that trained "
             "makes one, and without it others may compute another model",
@@ -305,7 +311,7 @@ def _psoft_adapter(root: Path, files: dict[str, Path]) -> Publication:
         root,
         "adapter",
         files,
-        psoft.named_base(config),
+        named_base(config),
         False,
         lambda repo_id, link: adapter_card(summary, config, repo_id, link),
         warnings,
@@ -457,7 +463,7 @@ def _path_warning(config: Mapping[str, Any]) -> tuple[str, ...]:
     if named is None or is_valid_id(named):
         return ()
     return (
-        f"{psoft.CONFIG} names the base by a path, '{named}', which is published with it and "
+        f"{CONFIG} names the base by a path, '{named}', which is published with it and "
         "means nothing elsewhere; set 'base_model_name_or_path' to a Hub id",
     )
 

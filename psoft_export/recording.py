@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from psoft_export.adapters import basis_record, psoft
+from psoft_export.adapters.adapter import Adapter, NeumannTerms, SubspaceAdapter
 from psoft_export.adapters.basis_record import (
     BaseTensor,
     Kind,
@@ -18,7 +19,7 @@ from psoft_export.adapters.basis_record import (
     check_kind,
     write_record,
 )
-from psoft_export.adapters.psoft import Adapter
+from psoft_export.adapters.files import CONFIG, SAFETENSORS, read_tensors
 from psoft_export.algebra.rotation import RotationParameters, conjugated, rotation
 from psoft_export.bases import BasisFinder
 from psoft_export.basis.signs import (
@@ -31,6 +32,7 @@ from psoft_export.basis.signs import (
 from psoft_export.basis.solver import leading_triplets
 from psoft_export.basis.svd import Basis
 from psoft_export.cache import BasisCache, open_cache
+from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.output import OutputFolder
 from psoft_export.device import choose_device, device_name
 from psoft_export.errors import OutputError, UnsupportedError, UsageError
@@ -39,7 +41,7 @@ from psoft_export.pipeline import Progress, ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.weights import BaseReader, TargetWeight
 
-Form = Literal["signs", "full", "this-machine"]
+Form = Literal["signs", "full", "this-machine", "peft"]
 
 _ALIGNED = 0.99  # |cosine| below which two vectors are not one vector up to its sign
 _CONFIG_BYTES = 2**20
@@ -126,21 +128,23 @@ def record(
     """
     folder = _own_folder(adapter)
     plan = plan_merge(base, folder, token=token)
-    if plan.adapter.record is not None and not overwrite:
+    loaded = _recordable(plan.adapter)
+    if loaded.record is not None and not overwrite:
         raise OutputError(
-            f"{plan.adapter.record.path}: there is a record already, perhaps of the training "
+            f"{loaded.record.path}: there is a record already, perhaps of the training "
             "itself; compare with --check, or replace it with --overwrite"
         )
-    plan = replace(plan, adapter=replace(plan.adapter, record=None))
-    if plan.adapter.basis_options.solver == "lowrank" and "random_seed" not in plan.adapter.config:
+    loaded = replace(loaded, record=None)
+    plan = replace(plan, adapter=loaded)
+    if loaded.basis_options.solver == "lowrank" and "random_seed" not in loaded.config:
         raise UnsupportedError(
-            f"{plan.adapter.source.name}: its low-rank basis was drawn without a 'random_seed', so "
+            f"{loaded.source.name}: its low-rank basis was drawn without a 'random_seed', so "
             "no machine finds it again; record it where it trains, with psoft_export.record_basis"
         )
-    chosen = _checked_kind(kind, plan.adapter)
+    chosen = _checked_kind(kind, loaded)
     on = choose_device(device)
     store = open_cache(cache_dir) if cache else None
-    svd = SvdDescription.of(plan.adapter.basis_options, on, torch.float32)
+    svd = SvdDescription.of(loaded.basis_options, on, torch.float32)
     if chosen is None:
         signs = _Recorder(plan, "signs", on, store, progress)
         layers = list(signs.layers())
@@ -173,17 +177,19 @@ def check_record(
         MismatchError: the record was made from another base.
     """
     plan = plan_merge(base, adapter, token=token)
-    recorded = needed_record(plan.adapter)
+    loaded = _recordable(plan.adapter)
+    recorded = needed_record(loaded)
     on = choose_device(device)
     store = open_cache(cache_dir) if cache else None
-    ours = BasisFinder(plan.adapter, device=on, cache=store)
-    bare = replace(plan.adapter, record=None)
+    ours = BasisFinder(loaded, device=on, cache=store)
+    bare = replace(loaded, record=None)
     theirs = BasisFinder(bare, device=on, cache=store)
     modules = []
     for module, weight in _targets(plan, progress):
         trained = weight.as_trained
         known = ours.find(module, trained, weight.trained.sha256)
         here = theirs.find(module, trained, weight.trained.sha256)
+        assert known.basis is not None and here.basis is not None
         signs, cosines = relative_signs(here.basis, known.basis)
         held = recorded.signs(module).cluster if recorded.kind == "signs" else torch.tensor([])
         turned = cosines < _ALIGNED
@@ -206,6 +212,7 @@ def convert(
     output: str | Path,
     *,
     to: Form,
+    neumann_terms: NeumannTerms | None = None,
     device: str = "auto",
     cache: bool = True,
     cache_dir: str | Path | None = None,
@@ -213,16 +220,19 @@ def convert(
     token: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> RecordReport:
-    """Write a copy of a recorded adapter in another form that means the same weights.
+    """Write a copy of a PSOFT adapter in another form that means the same weights.
 
     Args:
         base: folder or Hub id of the base.
-        adapter: folder or Hub id of an adapter with a basis record.
+        adapter: folder or Hub id of an adapter with a basis record; for `peft`, of a checkpoint of
+            the paper's code.
         output: folder to write.
         to: `signs` or `full`: the kind of the record. `this-machine`: the adapter expressed in
             the basis that a plain PEFT load finds on this machine and device (entries of Q change
             sign), with the record to match; PEFT then computes the recorded model here, and only
-            here.
+            here. `peft`: a checkpoint of the paper's code in PEFT's format, with a full record of
+            the A and B that it holds.
+        neumann_terms: as of `load_adapter`.
         device: where to compute; for `this-machine`, where PEFT will load the adapter.
         cache: take bases from the cache and keep them there.
         cache_dir: folder of that cache.
@@ -233,20 +243,23 @@ def convert(
     Raises:
         RecordMissingError: the adapter has no record.
         UnsupportedError: `signs` for an adapter that needs `full`, or `this-machine` where this
-            machine's vectors are not the recorded ones up to sign.
+            machine's vectors are not the recorded ones up to sign; an adapter that is not PSOFT,
+            or is in PEFT's format already.
         MismatchError: the record was made from another base.
         OutputError: the output cannot be written.
     """
-    plan = plan_merge(base, adapter, token=token)
-    recorded = needed_record(plan.adapter)
-    kind: Kind = recorded.kind if to == "this-machine" else to
-    _checked_kind(kind, plan.adapter)
-    on = choose_device(device)
-    store = open_cache(cache_dir) if cache else None
-    source = plan.adapter.source.folder
-    target = Path(output)
+    plan = plan_merge(base, adapter, neumann_terms=neumann_terms, token=token)
+    source, target = plan.adapter.source.folder, Path(output)
     if target.resolve() == source.resolve():
         raise OutputError(f"{target}: is the adapter itself; choose another output")
+    if to == "peft":
+        return _to_peft(plan, target, overwrite=overwrite, progress=progress)
+    loaded = _recordable(plan.adapter)
+    recorded = needed_record(loaded)
+    kind: Kind = recorded.kind if to == "this-machine" else to
+    _checked_kind(kind, loaded)
+    on = choose_device(device)
+    store = open_cache(cache_dir) if cache else None
     with OutputFolder(target, overwrite=overwrite, needed_bytes=_CONFIG_BYTES) as folder:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name != basis_record.FILENAME:
@@ -254,7 +267,7 @@ def convert(
         converter = _Converter(plan, kind, on, store, progress, local=to == "this-machine")
         _write(folder.path, plan, kind, recorded.svd, converter.layers())
         if to == "this-machine":
-            _write_rotations(plan.adapter, converter.rotations, folder.path)
+            _write_rotations(loaded, converter.rotations, folder.path)
         folder.commit()
     warnings = _advice(kind, converter.modules)
     if to == "this-machine":
@@ -280,9 +293,10 @@ class _Recorder:
     ) -> None:
         self.modules: list[RecordedModule] = []
         self._plan = plan
+        self._adapter = _recordable(plan.adapter)
         self._kind = kind
         self._device = device
-        self._finder = BasisFinder(plan.adapter, device=device, cache=cache)
+        self._finder = BasisFinder(self._adapter, device=device, cache=cache)
         self._progress = progress
 
     def layers(self) -> Iterator[tuple[str, BaseTensor, SignRecord | Basis]]:
@@ -293,17 +307,18 @@ class _Recorder:
 
     def _layer(self, module: str, weight: TargetWeight) -> SignRecord | Basis:
         found = self._finder.find(module, weight.as_trained, weight.trained.sha256)
+        assert found.basis is not None
         return self._keep(module, found.basis, found.next_value)
 
     def _keep(self, module: str, basis: Basis, next_value: float | None) -> SignRecord | Basis:
         """The layer of the wanted kind, and its entry in the report."""
-        options = self._plan.adapter.basis_options
+        options = self._adapter.basis_options
         if self._kind == "full":
             self.modules.append(RecordedModule(module, options.rank, 0.0, options.rank))
             return basis
         assert next_value is not None
         signs = record_signs(basis, options, next_value)
-        turn = rotation(self._plan.adapter.rotations[module])
+        turn = rotation(self._adapter.rotations[module])
         left_open = delta_uncertainty(signs.values, next_value, turn, signs.cluster)
         self.modules.append(RecordedModule(module, options.rank, left_open, len(signs.cluster)))
         return signs
@@ -324,18 +339,20 @@ class _Converter(_Recorder):
     ) -> None:
         super().__init__(plan, kind, device, cache, progress)
         self.rotations: dict[str, RotationParameters] = {}
-        bare = replace(plan.adapter, record=None)
+        bare = replace(self._adapter, record=None)
         self._local = BasisFinder(bare, device=device, cache=cache) if local else None
 
     def _layer(self, module: str, weight: TargetWeight) -> SignRecord | Basis:
         trained = weight.as_trained
         found = self._finder.find(module, trained, weight.trained.sha256)
         basis, next_value = found.basis, found.next_value
+        assert basis is not None
         if next_value is None and self._kind == "signs":
-            rank = self._plan.adapter.basis_options.rank
+            rank = self._adapter.basis_options.rank
             next_value = leading_triplets(trained.to(self._device), rank).certificate.next_value
         if self._local is not None:
             here = self._local.find(module, trained, weight.trained.sha256)
+            assert here.basis is not None
             signs, cosines = relative_signs(here.basis, basis)
             if float(cosines.min()) < _ALIGNED:
                 raise UnsupportedError(
@@ -343,7 +360,7 @@ class _Converter(_Recorder):
                     "those recorded up to sign in this machine's SVD (near-equal singular values), "
                     "so no plain PEFT load can mean the same; load it with restore_basis instead"
                 )
-            self.rotations[module] = conjugated(self._plan.adapter.rotations[module], signs)
+            self.rotations[module] = conjugated(self._adapter.rotations[module], signs)
             single = signs.to(basis.a.device, torch.float32)
             basis = Basis(basis.a * single[:, None], basis.b * single)
         return self._keep(module, basis, next_value)
@@ -374,13 +391,14 @@ def _write(
 ) -> Path:
     shapes = {}
     for tensor in plan.targets:
-        assert tensor.module is not None and tensor.entry is not None
-        rows, columns = tensor.entry.shape
-        shapes[tensor.module] = (rows, columns)
-    return write_record(folder, kind, plan.adapter.basis_options.rank, svd, shapes, layers)
+        assert tensor.module is not None
+        shapes[tensor.module] = tensor.weight_shape
+    rank = plan.adapter.rank
+    assert rank is not None
+    return write_record(folder, kind, rank, svd, shapes, layers)
 
 
-def _checked_kind(kind: KindChoice, adapter: Adapter) -> Kind | None:
+def _checked_kind(kind: KindChoice, adapter: SubspaceAdapter) -> Kind | None:
     """The kind to write; None where the singular values are to decide."""
     check_kind(kind)
     if adapter.basis_options.solver == "lowrank":
@@ -404,6 +422,73 @@ def _advice(kind: Kind, modules: list[RecordedModule]) -> tuple[str, ...]:
     )
 
 
+def _recordable(adapter: Adapter) -> SubspaceAdapter:
+    """The adapter, as one whose basis only a record can tell.
+
+    Raises:
+        UnsupportedError: it is not.
+    """
+    if not isinstance(adapter, SubspaceAdapter):
+        raise UnsupportedError(
+            f"{adapter.source.name}: {adapter.method}: it has no basis that could be recorded; "
+            "merge it as it is"
+        )
+    if adapter.bases:
+        raise UnsupportedError(
+            f"{adapter.source.name}: its own file holds A and B, so there is nothing to record; "
+            "'psoft-export convert --to peft' gives a PSOFT adapter in PEFT's format with a record"
+        )
+    return adapter
+
+
+def _to_peft(
+    plan: MergePlan, target: Path, *, overwrite: bool, progress: ProgressCallback | None
+) -> RecordReport:
+    """Write a checkpoint of the paper's code as a PSOFT adapter of PEFT with a full record."""
+    adapter = plan.adapter
+    if not isinstance(adapter, SubspaceAdapter) or not adapter.bases:
+        raise UnsupportedError(
+            f"{adapter.source.name}: {adapter.method}: convert --to peft is for checkpoints of the "
+            "PSOFT paper's code"
+        )
+    if (conv1d := next((t.module for t in plan.targets if t.transposed), None)) is not None:
+        raise UnsupportedError(
+            f"module '{conv1d}' is a Conv1D, which PEFT's PSOFT does not adapt; merge it, or write "
+            "it as a LoRA"
+        )
+    finder = BasisFinder(adapter, device=torch.device("cpu"))
+    modules: list[RecordedModule] = []
+
+    def layers() -> Iterator[tuple[str, BaseTensor, SignRecord | Basis]]:
+        for module, weight in _targets(plan, progress):
+            found = finder.find(module, weight.as_trained, weight.trained.sha256)
+            assert found.basis is not None
+            modules.append(RecordedModule(module, adapter.rank, 0.0, adapter.rank))
+            yield module, weight.trained, found.basis
+
+    files = companions.brought(adapter.source.folder)
+    numbers = sum(sum(t.weight_shape) for t in plan.targets) * adapter.rank
+    saved = sum(tensor.nbytes for tensor in adapter.saved.values())
+    room = 4 * numbers + 4 * adapter.parameter_count + saved + companions.ROOM_BYTES
+    options = adapter.basis_options
+    svd = SvdDescription(
+        solver=options.solver,
+        device="not known",
+        library="the PSOFT paper's code",
+        dtype="float32",
+        scaling=options.scaling,
+        initialisation=options.initialisation,
+    )
+    with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
+        companions.write_companions(files, folder.path)
+        config, tensors = psoft.as_psoft(adapter)
+        companions.write_json(folder.path / CONFIG, config)
+        save_file(tensors, folder.path / SAFETENSORS, {"format": "pt"})
+        _write(folder.path, plan, "full", svd, layers())
+        folder.commit()
+    return RecordReport(target / basis_record.FILENAME, "full", tuple(modules), adapter.warnings)
+
+
 def _own_folder(adapter: str | Path) -> Path:
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
@@ -418,8 +503,8 @@ def _write_rotations(
     adapter: Adapter, rotations: dict[str, RotationParameters], folder: Path
 ) -> None:
     """Write the adapter's tensors with other rotations, as safetensors."""
-    tensors = psoft.read_tensors(adapter)
+    tensors = read_tensors(adapter.source.folder / adapter.weights_file)
     for module, parameters in rotations.items():
         tensors[psoft.tensor_name(module, "weight")] = parameters.weight.contiguous()
     (folder / adapter.weights_file).unlink()
-    save_file(tensors, folder / psoft.SAFETENSORS, {"format": "pt"})
+    save_file(tensors, folder / SAFETENSORS, {"format": "pt"})

@@ -136,7 +136,7 @@ CASES: dict[str, tuple[Damage, int, str]] = {
     ),
     "config is a list": (write("adapter_config.json", "[]"), ADAPTER_ERROR, "JSON object"),
     "no peft_type": (config(peft_type=None), ADAPTER_ERROR, "'peft_type' is missing"),
-    "another peft_type": (config(peft_type="LORA"), UNSUPPORTED, "'LORA'"),
+    "another peft_type": (config(peft_type="VERA"), UNSUPPORTED, "'VERA'"),
     "rank zero": (config(r=0), ADAPTER_ERROR, "'r' is 0"),
     "rank is text": (config(r="8"), ADAPTER_ERROR, "'r' is '8'"),
     "alpha zero": (config(psoft_alpha=0), ADAPTER_ERROR, "'psoft_alpha'"),

@@ -64,7 +64,7 @@ def mismatch(case: Case) -> list[str]:
 
 
 def unsupported(case: Case) -> list[str]:
-    files.edit_json(case.adapter / "adapter_config.json", peft_type="LORA")
+    files.edit_json(case.adapter / "adapter_config.json", peft_type="VERA")
     return case.merge
 
 

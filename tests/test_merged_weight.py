@@ -11,6 +11,7 @@ from psoft_export.algebra.merged_weight import (
     merged_blocks,
     product_error_bound,
     row_parts,
+    with_product,
 )
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
 from psoft_export.verification.evaluation import unit_in_last_place
@@ -35,7 +36,9 @@ def merge(
     weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, MergeFigures]:
     figures = MergeFigures()
-    return torch.cat(list(merged_blocks(weight, left, right, dtype, figures))), figures
+    everything = slice(0, len(weight))
+    blocks = merged_blocks(weight, everything, with_product(left, right), dtype, figures)
+    return torch.cat(list(blocks)), figures
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -66,9 +69,12 @@ def test_parts_are_those_of_the_whole(
     whole, figures = merge(weight, left, right, torch.bfloat16)
     parts = row_parts(weight, count)
     assert 1 <= len(parts) <= count
-    merged, of_parts = zip(
-        *(merge(weight[rows], left[rows], right, torch.bfloat16) for rows in parts), strict=True
-    )
+    of_parts = [MergeFigures() for _ in parts]
+    merged = [
+        block
+        for rows, of_part in zip(parts, of_parts, strict=True)
+        for block in merged_blocks(weight, rows, with_product(left, right), torch.bfloat16, of_part)
+    ]
     assert torch.equal(torch.cat(merged), whole)
     joined = MergeFigures.of(of_parts)
     assert joined.weight_norm == pytest.approx(figures.weight_norm, rel=1e-12)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from psoft_export import Planner, load_adapter, merge, plan_merge, start_planner
+from psoft_export.adapters.adapter import Reading
 from psoft_export.checkpoint.source import Source
 from psoft_export.errors import MismatchError, PsoftExportError, UsageError
 from psoft_export.plan import OutputOptions
@@ -108,4 +109,4 @@ def test_an_unforeseen_error_names_its_kind(
     source = load_adapter(llama_adapter).source
     missing: Any = None
     with pytest.raises(RuntimeError, match="TypeError"):
-        planner.layout(Source(missing, "base"), source, OutputOptions())
+        planner.layout(Source(missing, "base"), source, Reading(), OutputOptions())

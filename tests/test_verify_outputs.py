@@ -14,6 +14,7 @@ from torch import Tensor
 import psoft_export
 from psoft_export.algebra.rotation import RotationParameters, rotation
 from psoft_export.bases import BasisFinder
+from psoft_export.changes.subspace import SubspaceRotation
 from psoft_export.checkpoint.reader import open_checkpoint
 from psoft_export.errors import CheckpointError, UsageError
 from psoft_export.merging import plan_merge
@@ -26,9 +27,8 @@ from psoft_export.verification.inputs import make_inputs
 from psoft_export.verification.models import (
     LoadedModel,
     MergedLoader,
-    SidePath,
     UnmergedLoader,
-    find_side_paths,
+    find_changes,
 )
 from psoft_export.verification.outputs import FACTOR, check_outputs
 from tests import files, models
@@ -39,7 +39,7 @@ BASE = EXAMPLES / "base"
 CPU = torch.device("cpu")
 TRUTHS = {"fp32": "F64", "bf16": "F32", "fp16": "F32"}
 
-Fault = Callable[[Tensor, SidePath, RotationParameters], Tensor]
+Fault = Callable[[Tensor, SubspaceRotation], Tensor]
 
 
 def checked(base: Path, adapter: Path, merged: Path, **options: Any) -> OutputsLevel:
@@ -47,33 +47,39 @@ def checked(base: Path, adapter: Path, merged: Path, **options: Any) -> OutputsL
     return check_outputs(plan, merged, BasisFinder(plan.adapter, device=CPU), device=CPU, **options)
 
 
-def side_paths(plan: MergePlan) -> dict[str, SidePath]:
-    return find_side_paths(plan, BasisFinder(plan.adapter, device=CPU), CPU)
+def changes(plan: MergePlan) -> dict[str, Any]:
+    return find_changes(plan, BasisFinder(plan.adapter, device=CPU), CPU)
 
 
 def unmerged(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
     plan = plan_merge(base, adapter)
-    return UnmergedLoader(plan).load(side_paths(plan), dtype, CPU)
+    return UnmergedLoader(plan).load(changes(plan), dtype, CPU)
 
 
-def delta(path: SidePath, core: Tensor) -> Tensor:
+def delta(change: SubspaceRotation, core: Tensor) -> Tensor:
     """scaling · B (R − I) A in float64, for this R − I."""
-    return path.scaling * (path.b.double() @ core @ path.a.double())
+    basis = change.basis
+    return change.options.scaling * (basis.b.double() @ core @ basis.a.double())
+
+
+def core_of(change: SubspaceRotation) -> Tensor:
+    """R − I."""
+    turn = rotation(change.parameters)
+    return turn - torch.eye(len(turn), dtype=turn.dtype)
 
 
 def plant(base: Path, adapter: Path, merged: Path, fault: Fault, modules: str = "") -> None:
     """Replace merged weights, of the modules whose path has `modules` in it, by wrong ones."""
     plan = plan_merge(base, adapter)
-    paths, before = side_paths(plan), load_file(base / "model.safetensors")
+    found, before = changes(plan), load_file(base / "model.safetensors")
 
     def change(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
         changed = 0
         for target in plan.targets:
             assert target.module is not None and target.entry is not None
             if modules in target.module:
-                parameters = plan.adapter.rotations[target.module]
                 weight = before[target.entry.name].double()
-                wrong = fault(weight, paths[target.module], parameters)
+                wrong = fault(weight, found[target.module])
                 tensors[target.spec.name] = wrong.to(tensors[target.spec.name].dtype)
                 changed += 1
         assert changed
@@ -82,34 +88,41 @@ def plant(base: Path, adapter: Path, merged: Path, fault: Fault, modules: str = 
     files.edit_tensors(merged / "model.safetensors", change)
 
 
-def left_out(weight: Tensor, path: SidePath, parameters: RotationParameters) -> Tensor:
+def left_out(weight: Tensor, change: SubspaceRotation) -> Tensor:
     return weight
 
 
-def applied_twice(weight: Tensor, path: SidePath, parameters: RotationParameters) -> Tensor:
-    return weight + 2 * delta(path, path.core)
+def applied_twice(
+    weight: Tensor, change: SubspaceRotation, parameters: RotationParameters
+) -> Tensor:
+    return weight + 2 * delta(change, core_of(change))
 
 
-def without_scaling(weight: Tensor, path: SidePath, parameters: RotationParameters) -> Tensor:
-    return weight + delta(path, path.core) / path.scaling
+def without_scaling(
+    weight: Tensor, change: SubspaceRotation, parameters: RotationParameters
+) -> Tensor:
+    return weight + delta(change, core_of(change)) / change.options.scaling
 
 
-def transposed(weight: Tensor, path: SidePath, parameters: RotationParameters) -> Tensor:
-    return weight + delta(path, path.core.T)
+def transposed(weight: Tensor, change: SubspaceRotation) -> Tensor:
+    return weight + delta(change, core_of(change).T)
 
 
-def vectors_swapped(weight: Tensor, path: SidePath, parameters: RotationParameters) -> Tensor:
+def vectors_swapped(
+    weight: Tensor, change: SubspaceRotation, parameters: RotationParameters
+) -> Tensor:
+    parameters = change.parameters
     assert parameters.vector_a is not None and parameters.vector_b is not None
     a, b = parameters.vector_a.double(), parameters.vector_b.double()
     core = rotation(parameters) / b[:, None] / a
-    return weight + delta(path, a[:, None] * core * b - torch.eye(len(core)))
+    return weight + delta(change, a[:, None] * core * b - torch.eye(len(core)))
 
 
 def sign_flipped(pair: int) -> Fault:
-    def fault(weight: Tensor, path: SidePath, parameters: RotationParameters) -> Tensor:
-        signs = torch.ones(len(path.core), dtype=torch.float64)
+    def fault(weight: Tensor, change: SubspaceRotation) -> Tensor:
+        signs = torch.ones(len(core_of(change)), dtype=torch.float64)
         signs[pair] = -1
-        return weight + delta(path, signs[:, None] * path.core * signs)
+        return weight + delta(change, signs[:, None] * core_of(change) * signs)
 
     return fault
 
@@ -479,7 +492,7 @@ def test_padding_changes_no_output(family: str, base_folder: Any, tmp_path: Path
     adapter = models.save_adapter(family, base, tmp_path / "adapter")
     plan = plan_merge(base, adapter)
     loader = UnmergedLoader(plan)
-    model = loader.load(side_paths(plan), torch.float32, CPU).model
+    model = loader.load(changes(plan), torch.float32, CPU).model
     batch = make_inputs(loader.skeleton, base, None).batches[-1]
     assert "attention_mask" in batch.arguments
     valid = batch.arguments["attention_mask"].bool()

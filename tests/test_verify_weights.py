@@ -20,11 +20,10 @@ from psoft_export.algebra.rotation import rotation as merging_rotation
 from psoft_export.checkpoint.writer import ShardWriter
 from psoft_export.cli.main import run
 from psoft_export.errors import CheckpointError, MismatchError, NotEquivalentError, UsageError
+from psoft_export.reference.rotation import expected_product, reference_rotation
 from psoft_export.verification.evaluation import (
     Deviation,
-    change,
     measure,
-    reference_rotation,
     unit_in_last_place,
 )
 from tests import files, models
@@ -300,7 +299,7 @@ def test_a_wrong_product_in_the_merge_leaves_nothing(
     def without_identity(a: Any, b: Any, turn: torch.Tensor, scaling: float) -> Any:
         return low_rank_factors(a, b, turn + torch.eye(len(turn)), scaling)
 
-    monkeypatch.setattr("psoft_export.execution.low_rank_factors", without_identity)
+    monkeypatch.setattr("psoft_export.changes.subspace.low_rank_factors", without_identity)
     with pytest.raises(NotEquivalentError, match="nothing was written"):
         psoft_export.merge(BASE, RELAXED, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
@@ -392,7 +391,7 @@ def test_distances_are_in_units_of_the_last_place(dtype: torch.dtype) -> None:
     weight = torch.randn(40, 30, dtype=torch.float64)
     a, b = torch.randn(4, 30), torch.randn(40, 4)
     turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
-    of = change(a, b, turn, 0.5)
+    of = expected_product(a, b, RotationParameters(4, turn, orthogonal=False), 0.5)
     exact = weight + 0.5 * b.double() @ (turn - torch.eye(4)) @ a.double()
     nearest = exact.to(dtype)
     assert measure(weight, [nearest], of).not_nearest == 0
@@ -491,7 +490,8 @@ def test_half_turns_are_no_fault(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_neighbour_below_a_power_of_two_is_not_nearest(dtype: torch.dtype) -> None:
     weight = torch.ones(2, 3)
-    of = change(torch.zeros(1, 3), torch.zeros(2, 1), torch.eye(1).double(), 1.0)
+    nothing = RotationParameters(1, torch.eye(1).double(), orthogonal=False)
+    of = expected_product(torch.zeros(1, 3), torch.zeros(2, 1), nothing, 1.0)
     given = weight.to(dtype, copy=True)
     assert measure(weight, [given], of).not_nearest == 0
     given[1, 2] = 1 - torch.finfo(dtype).eps / 2

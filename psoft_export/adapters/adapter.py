@@ -1,5 +1,6 @@
 """What every kind of adapter is to the rest of the package."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,14 @@ from torch import Tensor
 
 from psoft_export.adapters.basis_record import BasisRecord
 from psoft_export.algebra.merged_weight import product_dtype
-from psoft_export.algebra.rotation import RotationParameters, rotation_parameter_count
+from psoft_export.algebra.rotation import (
+    RotationParameters,
+    core_rotation,
+    orthogonality_error,
+    rotation_angles,
+    rotation_parameter_count,
+    vector_deviation,
+)
 from psoft_export.basis.svd import Basis, BasisOptions
 from psoft_export.changes.change import WeightChange
 from psoft_export.changes.subspace import SubspaceRotation
@@ -40,9 +48,36 @@ class Reading:
         if isinstance(terms, int) and terms < 0:
             raise UsageError(f"neumann-terms {terms}: a number of at least 0, or exact, is needed")
         if isinstance(terms, str) and terms != "exact":
-            raise UsageError(f"neumann-terms '{terms}': a number of at least 0, or exact, is needed")
+            raise UsageError(
+                f"neumann-terms '{terms}': a number of at least 0, or exact, is needed"
+            )
         if self.givens not in (None, *get_args(GivensForm)):
-            raise UsageError(f"givens '{self.givens}' is not one of {', '.join(get_args(GivensForm))}")
+            raise UsageError(
+                f"givens '{self.givens}' is not one of {', '.join(get_args(GivensForm))}"
+            )
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """What an adapter says of one module.
+
+    Attributes:
+        rank: r, or None where the method has none.
+        angles: its rotation angles in degrees, descending: of PSOFT all r, each plane counted
+            twice; of strict qGOFT those of its single rotations; else empty.
+        orthogonality_error: ‖CᵀC − I‖_F of PSOFT's rotation before its scaling vectors, else None.
+        vector_a: max |vector_a − 1|, 0 where the adapter has none.
+        vector_b: max |vector_b − 1|, 0 where the adapter has none.
+        form_distance: of qGOFT: how far the product of its transforms is from the other reading
+            of it (`changes.givens.distance_between_forms`), else None.
+    """
+
+    rank: int | None
+    angles: tuple[float, ...] = ()
+    orthogonality_error: float | None = None
+    vector_a: float = 0.0
+    vector_b: float = 0.0
+    form_distance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +101,16 @@ class Adapter(ABC):
     sha256: Mapping[str, str]
     record: BasisRecord | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def method_name(self) -> str:
+        """The method's name."""
+
+    @property
+    @abstractmethod
+    def paper(self) -> str:
+        """The address of the method's paper on arXiv."""
 
     @property
     @abstractmethod
@@ -93,6 +138,11 @@ class Adapter(ABC):
         return False
 
     @property
+    def needs_record(self) -> bool:
+        """Whether nothing but a basis record could say what the adapter means."""
+        return False
+
+    @property
     def dense_copies(self) -> int:
         """How many copies of a weight in float64 one merge of it holds, for planning."""
         return 0
@@ -117,6 +167,10 @@ class Adapter(ABC):
         Raises:
             MismatchError: they do not; the adapter was trained on another base.
         """
+
+    def describe(self, module: str) -> ModuleFacts:
+        """What the files say of one module."""
+        return ModuleFacts(self.rank)
 
     @abstractmethod
     def numbers_beside(self, module: str, shape: tuple[int, int]) -> int:
@@ -158,6 +212,16 @@ class SubspaceAdapter(Adapter):
     format_name: str = ""
 
     @property
+    def method_name(self) -> str:
+        """See `Adapter`."""
+        return "PSOFT"
+
+    @property
+    def paper(self) -> str:
+        """See `Adapter`."""
+        return "https://arxiv.org/abs/2505.11235"
+
+    @property
     def method(self) -> str:
         """The method in one line: strict or relaxed, Cayley transform or series, or free."""
         parameters = next(iter(self.rotations.values()))
@@ -188,18 +252,18 @@ class SubspaceAdapter(Adapter):
 
     @property
     def takes_conv1d(self) -> bool:
-        """PEFT's PSOFT adapts `torch.nn.Linear` alone; where A and B are given, it does not matter."""
+        """Only where its own file holds A and B; PEFT's PSOFT adapts `torch.nn.Linear` alone."""
         return bool(self.bases)
+
+    @property
+    def needs_record(self) -> bool:
+        """See `Adapter`."""
+        return not self.bases
 
     @property
     def rank(self) -> int:
         """See `Adapter`."""
         return self.basis_options.rank
-
-    @property
-    def needs_record(self) -> bool:
-        """Whether nothing but a basis record could say which basis is meant."""
-        return not self.bases
 
     def product_dtype(self, device: torch.device) -> torch.dtype:
         """See `Adapter`."""
@@ -220,6 +284,17 @@ class SubspaceAdapter(Adapter):
                 f"target module '{module}': its lora_A and lora_B are for a weight {list(stored)}, "
                 f"the base has {list(shape)}; the adapter was trained on another base"
             )
+
+    def describe(self, module: str) -> ModuleFacts:
+        """See `Adapter`."""
+        parameters = self.rotations[module]
+        return ModuleFacts(
+            parameters.rank,
+            tuple(math.degrees(angle) for angle in rotation_angles(parameters).tolist()),
+            orthogonality_error(core_rotation(parameters)),
+            vector_deviation(parameters.vector_a),
+            vector_deviation(parameters.vector_b),
+        )
 
     def numbers_beside(self, module: str, shape: tuple[int, int]) -> int:
         """Of A, B and R − I."""

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from psoft_export.adapters.adapter import Adapter, GivensForm, Reading
+from psoft_export.adapters.adapter import Adapter, GivensForm, ModuleFacts, Reading
 from psoft_export.adapters.files import AdapterFiles, model_names, saved_name
-from psoft_export.algebra.givens import GivensParameters
+from psoft_export.algebra.givens import GivensParameters, given_angles
 from psoft_export.basis.svd import Basis
-from psoft_export.changes.givens import GivensTransform
+from psoft_export.changes.givens import GivensTransform, distance_between_forms
 from psoft_export.errors import AdapterError, MismatchError, UsageError
 
 _TENSORS = ("givens_hard", "givens_soft", "givens_scaler")
@@ -33,6 +33,16 @@ class GivensAdapter(Adapter):
 
     parameters: Mapping[str, GivensParameters]
     form: GivensForm
+
+    @property
+    def method_name(self) -> str:
+        """See `Adapter`."""
+        return "qGOFT"
+
+    @property
+    def paper(self) -> str:
+        """See `Adapter`."""
+        return "https://arxiv.org/abs/2404.04316"
 
     @property
     def method(self) -> str:
@@ -83,6 +93,17 @@ class GivensAdapter(Adapter):
                 f"inputs, its weight has {shape[1]}; the adapter was trained on another base"
             )
 
+    def describe(self, module: str) -> ModuleFacts:
+        """See `Adapter`."""
+        stored = self.parameters[module]
+        angles = given_angles(stored).abs().rad2deg().sort(descending=True).values
+        both = stored.dimension % 2 == 0  # the reference code's second version takes no other
+        return ModuleFacts(
+            None,
+            tuple(angles.tolist()),
+            form_distance=distance_between_forms(stored) if both else None,
+        )
+
     def numbers_beside(self, module: str, shape: tuple[int, int]) -> int:
         """Four for each transform, and the scaler."""
         return 5 * self.parameters[module].dimension
@@ -94,7 +115,7 @@ class GivensAdapter(Adapter):
 
 def matches(files: AdapterFiles) -> bool:
     """Whether the files are of this kind."""
-    return files.config["peft_type"] == "GIVENS"
+    return bool(files.config["peft_type"] == "GIVENS")
 
 
 def read(files: AdapterFiles, reading: Reading) -> Adapter:
@@ -105,7 +126,8 @@ def read(files: AdapterFiles, reading: Reading) -> Adapter:
         UsageError: `reading.givens` cannot be what trained it.
     """
     parts, saved = _sort_tensors(files)
-    form, warnings = reading.givens or "reference", ()
+    form: GivensForm = reading.givens or "reference"
+    warnings: tuple[str, ...] = ()
     parameters = {module: _parameters(module, p, form, files) for module, p in parts.items()}
     odd = next((m for m, p in parameters.items() if p.dimension % 2), None)
     if odd is not None and form == "reference":

@@ -19,6 +19,7 @@ MARKS = {
     "BOFT": (".boft_R", ".boft_s"),
     "HRA": (".hra_u",),
 }
+_PAPERS = {"LoRA": "2106.09685", "OFT": "2306.07280", "BOFT": "2311.06243", "HRA": "2405.17484"}
 _NAMES = {name.upper(): name for name in MARKS}
 _OPTIONS = {
     "LoRA": ("r", "lora_alpha", "use_rslora", "use_dora"),
@@ -53,9 +54,21 @@ class PeftLayersAdapter(Adapter):
     tensors: Mapping[str, Mapping[str, Tensor]]
 
     @property
+    def method_name(self) -> str:
+        """See `Adapter`."""
+        return self.name
+
+    @property
+    def paper(self) -> str:
+        """See `Adapter`."""
+        return f"https://arxiv.org/abs/{_PAPERS[self.name]}"
+
+    @property
     def method(self) -> str:
         """The method's name, and a variant's."""
-        return f"{self.name}{' (DoRA)' if self.config.get('use_dora') else ''}, by PEFT's own layers"
+        return (
+            f"{self.name}{' (DoRA)' if self.config.get('use_dora') else ''}, by PEFT's own layers"
+        )
 
     @property
     def modules(self) -> tuple[str, ...]:

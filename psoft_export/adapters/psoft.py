@@ -20,7 +20,13 @@ from psoft_export.adapters.files import (
     model_names,
     saved_name,
 )
-from psoft_export.algebra.rotation import CayleyNeumann, RotationParameters, generator_size
+from psoft_export.algebra.rotation import (
+    CayleyNeumann,
+    RotationParameters,
+    core_rotation,
+    generator_size,
+    peft_terms,
+)
 from psoft_export.basis.svd import BasisOptions
 from psoft_export.errors import AdapterError
 
@@ -58,7 +64,7 @@ class _Options:
 
 def matches(files: AdapterFiles) -> bool:
     """Whether the files are of this kind."""
-    return files.config["peft_type"] == "PSOFT"
+    return bool(files.config["peft_type"] == "PSOFT")
 
 
 def read(files: AdapterFiles, _: Reading) -> Adapter:
@@ -92,6 +98,44 @@ def read(files: AdapterFiles, _: Reading) -> Adapter:
 def tensor_name(module: str, parameter: str) -> str:
     """The name of a rotation's parameter (`weight`, `vector_a`, `vector_b`) in the file."""
     return f"{PREFIX}{module}{MARKER}{parameter}"
+
+
+def as_psoft(adapter: SubspaceAdapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of an adapter of another format in this one.
+
+    A series that PEFT does not have becomes a free R, rounded to float32.
+    """
+    options, first = adapter.basis_options, next(iter(adapter.rotations.values()))
+    terms = peft_terms(first.series) if first.series is not None else None
+    free = not first.orthogonal or (first.series is not None and terms is None)
+    tensors = {f"{PREFIX}{name}": t.contiguous() for name, t in adapter.saved.items()}
+    for module, parameters in adapter.rotations.items():
+        weight = core_rotation(parameters).float() if free else parameters.weight
+        parts = {
+            "weight": weight,
+            "vector_a": parameters.vector_a,
+            "vector_b": parameters.vector_b,
+        }
+        tensors |= {
+            tensor_name(module, n): t.contiguous() for n, t in parts.items() if t is not None
+        }
+    carried = ("task_type", "auto_mapping", "base_model_name_or_path", "revision")
+    config = {
+        "peft_type": "PSOFT",
+        **{name: adapter.config.get(name) for name in carried},
+        "inference_mode": True,
+        "r": options.rank,
+        "psoft_alpha": adapter.alpha,
+        "target_modules": adapter.config.get("target_modules"),
+        "modules_to_save": adapter.config.get("modules_to_save"),
+        "ab_svd_init": options.initialisation,
+        "psoft_svd": options.solver,
+        "psoft_orth": not free,
+        "psoft_mag_a": first.vector_a is not None,
+        "psoft_mag_b": first.vector_b is not None,
+        "use_cayley_neumann": terms is not None,
+    }
+    return config | ({"num_cayley_neumann_terms": terms} if terms is not None else {}), tensors
 
 
 def _parse_options(files: AdapterFiles) -> _Options:

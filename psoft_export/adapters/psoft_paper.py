@@ -159,7 +159,7 @@ def _is_lower(indices: Tensor, rank: int) -> bool:
 
 
 def _above_diagonal(entries: Tensor, rank: int) -> Tensor:
-    """Kⱼᵢ for j > i, stored in the order of `tril_indices`, in that of `triu_indices` for (i, j)."""
+    """Kⱼᵢ for j > i, from the order of `tril_indices` to that of `triu_indices` for (i, j)."""
     matrix = torch.zeros(rank, rank, dtype=entries.dtype)
     lower, upper = torch.tril_indices(rank, rank, -1), torch.triu_indices(rank, rank, 1)
     matrix[lower[0], lower[1]] = entries

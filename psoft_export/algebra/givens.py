@@ -46,7 +46,7 @@ class GivensParameters:
 
 @dataclass(frozen=True)
 class Level:
-    """Pairs (i, i + step) for i = 0, 2·step, …, `count` of them; their transforms from `first` on."""
+    """`count` pairs (i, i + step), i = 0, 2·step, …; their transforms are from `first` on."""
 
     step: int
     first: int
@@ -68,13 +68,22 @@ def levels(dimension: int) -> Iterator[Level]:
         step *= 2
 
 
+def given_angles(parameters: GivensParameters) -> Tensor:
+    """The angles of the strict form in radians, float64, in (−π, π); none of the relaxed one."""
+    if parameters.angles is None:
+        return torch.empty(0, dtype=torch.float64)
+    return math.pi * torch.tanh(parameters.angles.to("cpu", torch.float64))
+
+
 def transforms(parameters: GivensParameters) -> Tensor:
-    """The d − 1 transforms L (2 × 2, float64, CPU): [[cos, −sin], [sin, cos]] in the strict form."""
+    """The d − 1 transforms L, 2 × 2, float64: [[cos, −sin], [sin, cos]] in the strict form."""
     if parameters.blocks is not None:
         return parameters.blocks.to("cpu", torch.float64)
-    assert parameters.angles is not None
-    angles = math.pi * torch.tanh(parameters.angles.to("cpu", torch.float64))
-    rows = (torch.stack([angles.cos(), -angles.sin()], 1), torch.stack([angles.sin(), angles.cos()], 1))
+    angles = given_angles(parameters)
+    rows = (
+        torch.stack([angles.cos(), -angles.sin()], 1),
+        torch.stack([angles.sin(), angles.cos()], 1),
+    )
     return torch.stack(rows, 1)
 
 
@@ -173,7 +182,10 @@ def _neighbours(stored: Tensor, dimension: int, count: int) -> Tensor:
         end = stride * level.count
         cosine[:end:stride], cosine[level.step : end : stride] = own[:, 0, 0], own[:, 1, 1]
         sine[:end:stride], sine[level.step : end : stride] = -own[:, 0, 1], own[:, 1, 0]
-        even, odd = torch.stack([cosine[::2], -sine[::2]], 1), torch.stack([sine[1::2], cosine[1::2]], 1)
+        even, odd = (
+            torch.stack([cosine[::2], -sine[::2]], 1),
+            torch.stack([sine[1::2], cosine[1::2]], 1),
+        )
         pairs = pairs @ torch.stack([even, odd], 1)
     blocks = torch.zeros(count, _BLOCK, _BLOCK, dtype=torch.float64)
     places = torch.arange(0, _BLOCK, 2)

@@ -142,6 +142,13 @@ def _paper_series(generator: Tensor, terms: int) -> Tensor:
     return result + power
 
 
+def peft_terms(series: CayleyNeumann) -> int | None:
+    """How PEFT counts the terms of the same series; None where it has none such."""
+    if series.convention == "peft":
+        return series.terms
+    return series.terms + 2 if series.terms >= 2 else None
+
+
 def core_rotation(parameters: RotationParameters) -> Tensor:
     """C (r × r, float64): the rotation before the scaling vectors, or the free matrix."""
     if not parameters.orthogonal:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from psoft_export.algebra.givens import (
     GivensParameters,
+    given_angles,
     levels,
     row_mixing,
     transforms,
@@ -29,10 +30,10 @@ class GivensTransform(WeightChange):
     @property
     def facts(self) -> ChangeFacts:
         """In the strict form the largest angle of a single rotation."""
-        if self.parameters.angles is None:
-            return ChangeFacts()
-        angles = math.pi * torch.tanh(self.parameters.angles.double()).abs()
-        return ChangeFacts(largest_angle=math.degrees(float(angles.max())))
+        angles = given_angles(self.parameters)
+        return ChangeFacts(
+            largest_angle=math.degrees(float(angles.abs().max())) if len(angles) else None
+        )
 
     def merging(self, weight: Tensor) -> MergeRows:
         """W P by blocks."""
@@ -46,14 +47,15 @@ class GivensTransform(WeightChange):
     def stand_beside(self, model: nn.Module, path: str, dtype: torch.dtype) -> None:
         """Let the layer see x Pᵀ, level by level, in place of x."""
         layer = model.get_submodule(path)
+        weight = next(layer.parameters())
         parameters, stored = self.parameters, transforms(self.parameters)
         steps = [
-            (level, stored[level.transforms].to(dtype).to(layer.weight))
+            (level, stored[level.transforms].to(dtype).to(weight))
             for level in levels(parameters.dimension)
         ]
         scaler = None
         if parameters.scaler is not None:
-            scaler = parameters.scaler.to(dtype).to(layer.weight)
+            scaler = parameters.scaler.to(dtype).to(weight)
         turn = _turn_neighbours if parameters.form == "reference" else _turn_pairs
 
         def transformed(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -70,7 +72,7 @@ def distance_between_forms(parameters: GivensParameters) -> float:
     mixings = [row_mixing(replace(parameters, form=form)) for form in ("reference", "paper")]
     identity = torch.eye(parameters.dimension, dtype=torch.float64)
     squares = 0.0
-    for rows in identity.split(_ROWS):
+    for rows in torch.split(identity, _ROWS):
         one, other = (mixing.apply(rows) for mixing in mixings)
         squares += float((one - other).square().sum())
     return math.sqrt(squares / parameters.dimension)

@@ -56,7 +56,7 @@ class PeftLayer(WeightChange):
         identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
         with torch.no_grad():
             try:
-                columns = [layer(part).T for part in identity.split(_COLUMNS)]
+                columns = [layer(part).T for part in torch.split(identity, _COLUMNS)]
             except Exception as cause:  # PEFT raises errors of many kinds
                 raise self._refused("run", cause) from cause
         merged = torch.cat(columns, dim=1)

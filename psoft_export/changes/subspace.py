@@ -56,11 +56,10 @@ class SubspaceRotation(WeightChange):
     def stand_beside(self, model: nn.Module, path: str, dtype: torch.dtype) -> None:
         """Add scaling · ((x Aᵀ) (R − I)ᵀ) Bᵀ to the layer's output."""
         layer, scaling = model.get_submodule(path), self.options.scaling
+        weight = next(layer.parameters())
         turn = reference_rotation(self.parameters)
         core = turn - torch.eye(len(turn), dtype=turn.dtype)
-        a, core, b = (
-            factor.to(dtype).to(layer.weight) for factor in (self.basis.a, core, self.basis.b)
-        )
+        a, core, b = (factor.to(dtype).to(weight) for factor in (self.basis.a, core, self.basis.b))
 
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return output + scaling * (((inputs[0] @ a.T) @ core.T) @ b.T)

@@ -37,6 +37,6 @@ class Expected:
         return replace(self, reach_left=self.reach_left[rows], start=self.start + rows.start)
 
     def delta_of(self, weight: Tensor, first: int) -> Tensor:
-        """ΔW of consecutive rows of W, float64, the first of which is row `first` of those meant."""
+        """ΔW of consecutive rows of W (float64), the first being row `first` of those meant."""
         begin = self.start + first
         return self.delta(weight, slice(begin, begin + len(weight)))

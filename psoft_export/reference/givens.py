@@ -1,4 +1,4 @@
-"""qGOFT's W P a second time: column by column and level by level, no block and no matrix product."""
+"""qGOFT's W P a second time: level by level, without blocks and products of matrices."""
 
 import math
 
@@ -21,7 +21,9 @@ def expected_rows(parameters: GivensParameters, weight: Tensor) -> Expected:
     scaler = None
     if parameters.scaler is not None:
         scaler = parameters.scaler.to(weight.device, torch.float64)
-    fused = _fused(transform, steps, parameters.dimension) if parameters.form == "reference" else None
+    fused = (
+        _fused(transform, steps, parameters.dimension) if parameters.form == "reference" else None
+    )
 
     def delta(rows: Tensor, _: slice) -> Tensor:
         turned = rows.clone() if scaler is None else rows * scaler
@@ -56,7 +58,9 @@ def expected_rows(parameters: GivensParameters, weight: Tensor) -> Expected:
     return Expected(
         delta=delta,
         reach_left=norms,
-        reach_right=torch.full((parameters.dimension,), 1.0 + growth, dtype=torch.float64).to(norms),
+        reach_right=torch.full((parameters.dimension,), 1.0 + growth, dtype=torch.float64).to(
+            norms
+        ),
         terms=3 * len(steps) + 2,
     )
 

@@ -76,7 +76,9 @@ def _coefficients(series: CayleyNeumann) -> list[float]:
     return [1.0, 2.0] if terms == 2 else [1.0, *[2.0] * (max(terms, 4) - 2), 1.0]
 
 
-def expected_product(a: Tensor, b: Tensor, parameters: RotationParameters, scaling: float) -> Expected:
+def expected_product(
+    a: Tensor, b: Tensor, parameters: RotationParameters, scaling: float
+) -> Expected:
     """ΔW = scaling · (B (R A) − B A).
 
     Args:

@@ -99,13 +99,18 @@ def verdict(report: VerificationReport) -> Verdict:
             "The merged checkpoint is not what base and adapter mean: "
             f"{count} problem{'s' if count > 1 else ''} found.",
         )
-    unknown = "" if report.basis["record"] else _NOT_RECORDED
+    unknown = _NOT_RECORDED if _is_unknown(report.basis) else ""
     checked = " and ".join((", ".join(run[:-1]), run[-1])) if len(run) > 1 else run[0]
     return Verdict(
         "good",
         "EQUIVALENT",
         f"The merged checkpoint is what base and adapter mean. Checked: {checked}.{unknown}",
     )
+
+
+def _is_unknown(basis: Mapping[str, Any]) -> bool:
+    """Whether the adapter depends on a basis that nobody recorded."""
+    return basis["record"] is None and basis["solver"] is not None
 
 
 def levels(report: VerificationReport) -> tuple[LevelWords, LevelWords, LevelWords]:

@@ -351,7 +351,11 @@ class _Check:
         """
         itemsize = TORCH_DTYPES[self._truth_code].itemsize
         plan = self._plan
-        beside = sum(plan.adapter.numbers_beside(t.module, t.weight_shape) for t in plan.targets)
+        beside = sum(
+            plan.adapter.numbers_beside(t.module, t.weight_shape)
+            for t in plan.targets
+            if t.module is not None
+        )
         config, batches = loader.skeleton.config.get_text_config(), self._inputs.batches
         outputs = [batch.positions * int(getattr(config, "vocab_size", 1)) for batch in batches]
         weights = itemsize * loader.numbers

@@ -118,9 +118,7 @@ def examine_geometry(target: Target, change: WeightChange) -> GeometryFigures | 
     if not isinstance(change, SubspaceRotation):
         return None
     weight = target.weight.as_trained.to(change.basis.a.device)
-    return geometry.examine(
-        target.module, weight, change.basis, change.parameters, change.options
-    )
+    return geometry.examine(target.module, weight, change.basis, change.parameters, change.options)
 
 
 def geometry_level(modules: Sequence[GeometryFigures], adapter: Adapter) -> GeometryLevel | None:
