@@ -164,7 +164,7 @@ def _card(
         base_model=base,
         base_model_relation=relation if base else None,
         library_name=library,
-        tags=[*dict.fromkeys((*tags, "psoft-export"))],
+        tags=[tags[0], "psoft-export", *tags[1:]],
     )
     parts = [f"# {repo_id.rpartition('/')[2]}"]
     parts += [f"## {name}\n\n{text}" if name else text for name, text in sections.items()]
@@ -231,7 +231,7 @@ def _revision(name: object) -> str | None:
 def _basis(manifest: Mapping[str, Any]) -> dict[str, str]:
     basis = manifest["basis"]
     record, stored = basis["record"], basis.get("stored")
-    if record is None and basis["solver"] is None:
+    if record is None and basis.get("solver", "") is None:
         return {"basis": f"A and B as the adapter's {_code(stored)} holds them"} if stored else {}
     known = [module["basis_uncertainty"] for module in manifest["modules"]]
     if record is None:

@@ -178,7 +178,7 @@ def test_command_prints_rank_and_error(tmp_path: Path, capsys: pytest.CaptureFix
     result = json.loads(capsys.readouterr().out)
     assert result["rank"] == 64 and len(result["modules"]) == 28
     manifest = json.loads((tmp_path / "o" / "psoft_export.json").read_text())
-    assert manifest["options"] == {"dtype": "F32", "reduce_rank": None}
+    assert manifest["options"] == {"dtype": "F32", "reduce_rank": None, "approximate": None}
     assert manifest["base"]["sha256"]["model.safetensors"]
 
 

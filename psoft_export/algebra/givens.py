@@ -119,7 +119,7 @@ class RowMixing:
         mixed = torch.bmm(parts, self.blocks).transpose(0, 1).reshape(len(rows), count * size)
         if self.join is not None:
             mixed[:, ::size] = mixed[:, ::size] @ self.join
-        return mixed[:, : self.dimension]
+        return mixed[:, : self.dimension].contiguous()
 
 
 def row_mixing(parameters: GivensParameters) -> RowMixing:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from psoft_export.algebra.rounding import round_to_nearest
 
-# Rows of W in float64, which may be overwritten, and which rows they are → merged rows.
+# Rows of W in float64, which may be overwritten, and which rows they are → merged rows; both
+# contiguous.
 MergeRows = Callable[[Tensor, slice], Tensor]
 
 # float64 bytes of one row block: its operands stay in a CPU's caches, and fill a GPU.
@@ -142,7 +143,7 @@ def merged_blocks(
     step = _block_rows(weight)
     for start in range(rows.start, rows.stop, step):
         block = slice(start, min(start + step, rows.stop))
-        exact = weight[block].double()
+        exact = weight[block].to(torch.float64, memory_format=torch.contiguous_format)
         figures.add_weight(exact)
         exact = merge(exact, block)
         merged = round_to_nearest(exact, dtype)
