@@ -155,7 +155,8 @@ class Paper(Layer):
         self.rank, self.terms = rank, terms
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         u, s, v = torch.linalg.svd(self.weight.float(), full_matrices=False)
-        self.a, self.b = v[:rank].clone(), (u[:, :rank] * s[:rank] / self.scaling).clone()
+        self.a = v[:rank].contiguous()
+        self.b = (u[:, :rank] * s[:rank] / self.scaling).contiguous()
         size = (rank * (rank - 1) // 2,)
         start = torch.zeros(size) if orthogonal else torch.eye(rank)
         self.stored["a_params"] = nn.Parameter(start)

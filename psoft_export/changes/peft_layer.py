@@ -3,6 +3,7 @@
 No formula of PEFT's is written here. The layer is built alone, in float64, around one weight.
 """
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from psoft_export.errors import MissingExtraError, UnsupportedError, first_line
 from psoft_export.reference.expected import Expected
 
 _COLUMNS = 1024  # of the identity that go through the forward pass at a time
+_BUILDING = threading.Lock()
 _PATTERN_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 
 
@@ -47,7 +49,7 @@ class PeftLayer(WeightChange):
             layer.merge()
         except Exception as cause:  # PEFT raises errors of many kinds
             raise self._refused("merge", cause) from cause
-        merged: Tensor = layer.get_base_layer().weight.detach()
+        merged: Tensor = layer.get_base_layer().weight.detach().contiguous()
         return lambda _, rows: merged[rows].clone()
 
     def expected(self, weight: Tensor) -> Expected:
@@ -81,14 +83,14 @@ class PeftLayer(WeightChange):
         model, (parent, name) = _nested(layer, self.module)
         try:
             known = peft.PeftConfig.from_peft_type(**self._config())
-            wrapped = peft.PeftModel(
-                model, known, autocast_adapter_dtype=False, low_cpu_mem_usage=True
-            )
+            # PEFT draws starting values, from the process's generator and for all threads.
+            with _BUILDING, torch.random.fork_rng(devices=[]):
+                wrapped = peft.PeftModel(model, known, autocast_adapter_dtype=False)
             tensors = {
                 key: tensor.to(dtype).to(weight) if tensor.is_floating_point() else tensor
                 for key, tensor in self.tensors.items()
             }
-            loaded = peft.set_peft_model_state_dict(wrapped, tensors, low_cpu_mem_usage=True)
+            loaded = peft.set_peft_model_state_dict(wrapped, tensors)
         except Exception as cause:  # PEFT raises errors of many kinds
             raise self._refused("load", cause) from cause
         if loaded.unexpected_keys:
@@ -116,7 +118,8 @@ def _linear(weight: Tensor) -> nn.Linear:
     rows, columns = weight.shape
     with torch.device("meta"):
         layer = nn.Linear(columns, rows, bias=False, dtype=torch.float64)
-    layer.weight = nn.Parameter(weight.to(torch.float64, copy=True), requires_grad=False)
+    values = weight.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    layer.weight = nn.Parameter(values, requires_grad=False)
     return layer
 
 
