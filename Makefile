@@ -22,6 +22,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.solver
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.equivalence
+	$(BIN)/python -m benchmarks.givens
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from psoft_export.verification.evaluation import measure
 _SHAPES = ((4096, 4096), (11008, 4096))
 
 
-def dense(parameters: GivensParameters, weight: Tensor) -> Tensor:
+def dense(parameters: GivensParameters, weight: Tensor) -> list[Tensor]:
     """W P by way of P: every level applied to the whole of a d × d matrix, then one product."""
     dimension, stored = parameters.dimension, transforms(parameters)
     assert parameters.scaler is not None
@@ -48,7 +48,7 @@ def dense(parameters: GivensParameters, weight: Tensor) -> Tensor:
             turned[:, near] = first * own[:, 0, 0] + second * own[:, 0, 1]
             turned[:, far] = first * own[:, 1, 0] + second * own[:, 1, 1]
             matrix = turned
-    return round_to_nearest(weight.double() @ matrix, torch.bfloat16)
+    return [round_to_nearest(weight.double() @ matrix, torch.bfloat16)]
 
 
 class OurMerge:
@@ -60,8 +60,8 @@ class OurMerge:
 
     def merged(
         self, parameters: GivensParameters, weight: Tensor, *, with_check: bool = False
-    ) -> Tensor:
-        """The merged weight, compared with the second evaluation as every merge is, or not."""
+    ) -> list[Tensor]:
+        """The merged weight in row blocks, as they are written; checked as every merge is, or not."""
         change = GivensTransform(parameters)
         merge = change.merging(weight)
         expected = change.expected(weight) if with_check else None
@@ -77,7 +77,7 @@ class OurMerge:
 
         parts = list(self._pool.map(work, row_parts(weight, self._threads)))
         torch.set_num_threads(self._threads)
-        return torch.cat([block for blocks in parts for block in blocks])
+        return [block for blocks in parts for block in blocks]
 
 
 def rows(threads: int, repeats: int) -> Iterator[str]:
@@ -97,7 +97,7 @@ def rows(threads: int, repeats: int) -> Iterator[str]:
                 partial(ours_of.merged, parameters, weight, with_check=True),
             ]
             (slow, theirs), (fast, ours), (with_check, _) = _timed(works, repeats)
-            same = float((ours == theirs).float().mean())
+            same = float((torch.cat(ours) == torch.cat(theirs)).float().mean())
             assert same > 0.9999, "the two disagree"
             yield (
                 f"| {shape[0]} × {shape[1]}, `{form}` | {slow:.2f} s | {fast:.3f} s | "
@@ -105,10 +105,12 @@ def rows(threads: int, repeats: int) -> Iterator[str]:
             )
 
 
-def _timed(works: list[Callable[[], Tensor]], repeats: int) -> list[tuple[float, Tensor]]:
+def _timed(
+    works: list[Callable[[], list[Tensor]]], repeats: int
+) -> list[tuple[float, list[Tensor]]]:
     """The shortest time of each work's runs, in turns, and what came out."""
     times: list[list[float]] = [[] for _ in works]
-    results: list[Tensor] = [torch.empty(0)] * len(works)
+    results: list[list[Tensor]] = [[] for _ in works]
     for _ in range(repeats):
         for index, work in enumerate(works):
             start = time.monotonic()

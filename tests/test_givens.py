@@ -16,6 +16,8 @@ from psoft_export.algebra.rounding import round_to_nearest
 from psoft_export.changes.givens import GivensTransform, distance_between_forms
 from psoft_export.cli.main import run
 from psoft_export.errors import UsageError
+from psoft_export.model_card import merged_card
+from psoft_export.reports.wording import levels
 from tests import files
 from tests.trained_elsewhere import Givens, givens_matrix, save, train
 from tests.trained_elsewhere import replace as put
@@ -168,6 +170,11 @@ def test_a_trained_adapter_merges_as_its_code_computes(llama: Path, tmp_path: Pa
     report = psoft_export.verify(llama, tmp_path / "adapter", tmp_path / "out")
     assert report.equivalent and report.geometry is None
     assert report.outputs.merged.rms <= 2 * report.outputs.unmerged.rms
+    words = {level.name: level.reason for level in levels(report)}
+    assert words["geometry"] == "The method rotates no principal subspace."
+    card = merged_card(manifest, ("model.safetensors",), "me/merged", None)
+    assert "with the qGOFT adapter" in card and "arXiv 2404.04316" in card and "PSOFT" not in card
+    assert files.card_metadata(card)["tags"] == ["qgoft", "psoft-export"]
 
 
 def test_a_trained_adapter_merges_as_the_paper_says(llama: Path, tmp_path: Path) -> None:

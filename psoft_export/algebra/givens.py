@@ -2,7 +2,7 @@
 
 Of d inputs level 0 pairs (0, 1), (2, 3), …, level 1 (0, 2), (4, 6), …, each time those that are
 left over being paired at twice the distance: d − 1 transforms in ⌈log₂ d⌉ levels. Rows of W are
-multiplied by two factors of P, small blocks and what joins them, never by a d × d matrix.
+multiplied by factors of P, small blocks and what joins their firsts, never by a d × d matrix.
 """
 
 import math
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 Form = Literal["reference", "paper"]
-_BLOCK = 64  # inputs that the levels of distances below it mix among themselves
+# Inputs that a factor mixes among themselves, measured; with fewer, what joins them costs more.
+_BLOCK = 32
+_WHOLE = 128  # inputs that one matrix mixes all
+_NEIGHBOURS = 8  # where only neighbours are mixed and nothing is joined
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,17 @@ def transforms(parameters: GivensParameters) -> Tensor:
 
 @dataclass(frozen=True)
 class RowMixing:
-    """P as two factors: `blocks` of consecutive inputs, then `join` of each block's first.
+    """P as small factors: `blocks` of consecutive inputs, then `join` of each block's first.
 
     Attributes:
         dimension: d.
         blocks: n × b × b; the last is the identity where d ends within it.
-        join: n × n, or None.
+        join: the same of n inputs, or None.
     """
 
     dimension: int
     blocks: Tensor
-    join: Tensor | None
+    join: "RowMixing | None" = None
 
     def to(self, device: torch.device) -> "RowMixing":
         """The same on a device."""
@@ -107,7 +110,7 @@ class RowMixing:
         return RowMixing(self.dimension, self.blocks.to(device), join)
 
     def apply(self, rows: Tensor) -> Tensor:
-        """rows @ P.
+        """rows @ P, contiguous.
 
         Args:
             rows: n × d, float64.
@@ -115,81 +118,86 @@ class RowMixing:
         count, size, _ = self.blocks.shape
         if (missing := count * size - self.dimension) > 0:
             rows = torch.nn.functional.pad(rows, (0, missing))
-        parts = rows.view(len(rows), count, size).transpose(0, 1)
+        parts = rows.reshape(len(rows), count, size).transpose(0, 1)
         mixed = torch.bmm(parts, self.blocks).transpose(0, 1).reshape(len(rows), count * size)
         if self.join is not None:
-            mixed[:, ::size] = mixed[:, ::size] @ self.join
+            mixed[:, ::size] = self.join.apply(mixed[:, ::size])
         return mixed[:, : self.dimension].contiguous()
 
 
 def row_mixing(parameters: GivensParameters) -> RowMixing:
     """P (float64, CPU)."""
     stored, dimension = transforms(parameters), parameters.dimension
-    count = math.ceil(dimension / _BLOCK)
-    blocks = torch.eye(_BLOCK, dtype=torch.float64).repeat(count, 1, 1)
-    join = None
-    if parameters.scaler is not None:
-        scaler = torch.ones(count * _BLOCK, dtype=torch.float64)
-        scaler[:dimension] = parameters.scaler.to("cpu", torch.float64)
-        blocks *= scaler.view(count, _BLOCK, 1)
     if parameters.form == "reference":
-        blocks = blocks @ _neighbours(stored, dimension, count)
-        return RowMixing(dimension, blocks, None)
-    if count > 1:
-        join = torch.eye(count, dtype=torch.float64)
-    for level in levels(dimension):
-        own = stored[level.transforms]
-        if level.step < _BLOCK:
-            _mix_columns(blocks.permute(1, 0, 2).reshape(_BLOCK, -1), level, own, blocks)
-        else:
-            assert join is not None
-            _mix_columns(join, Level(level.step // _BLOCK, 0, level.count), own, join)
-    return RowMixing(dimension, blocks, join)
+        mixing = RowMixing(dimension, _neighbours(stored, dimension))
+    else:
+        mixing = _joined(stored, list(levels(dimension)), dimension)
+    if parameters.scaler is not None:
+        count, size, _ = mixing.blocks.shape
+        scaler = torch.ones(count * size, dtype=torch.float64)
+        scaler[:dimension] = parameters.scaler.to("cpu", torch.float64)
+        mixing.blocks.mul_(scaler.view(count, size, 1))
+    return mixing
 
 
-def _mix_columns(matrix: Tensor, level: Level, own: Tensor, into: Tensor) -> None:
-    """Multiply a matrix by the Lᵀ of a level from the right; columns are inputs.
+def _joined(stored: Tensor, remaining: list[Level], dimension: int) -> RowMixing:
+    """L₁ᵀ L₂ᵀ … of true pairs: the first levels within blocks, the others between their firsts.
 
     Args:
-        matrix: n × inputs; blocks side by side, or `join`.
-        level: which columns are paired.
-        own: its transforms.
-        into: what the result is written to.
+        stored: all transforms.
+        remaining: levels that are left, their steps counted in inputs that are left.
+        dimension: how many inputs are left.
     """
+    size = _BLOCK if dimension > _WHOLE else 2 ** len(remaining)
+    count = math.ceil(dimension / size)
+    blocks = torch.eye(size, dtype=torch.float64).repeat(count, 1, 1)
+    within = [level for level in remaining if level.step < size]
+    columns = blocks.permute(1, 0, 2).reshape(size, count * size)  # a block's columns are inputs
+    for level in within:
+        columns = _turned(columns, level, stored[level.transforms])
+    blocks = columns.view(size, count, size).permute(1, 0, 2).contiguous()
+    between = [Level(lv.step // size, lv.first, lv.count) for lv in remaining[len(within) :]]
+    return RowMixing(dimension, blocks, _joined(stored, between, count) if between else None)
+
+
+def _turned(matrix: Tensor, level: Level, own: Tensor) -> Tensor:
+    """A matrix whose columns are inputs times the Lᵀ of a level."""
     stride = 2 * level.step
-    end = stride * level.count
-    first, second = matrix[:, :end:stride], matrix[:, level.step : end : stride]
-    mixed = matrix.clone()
-    mixed[:, :end:stride] = first * own[:, 0, 0] + second * own[:, 0, 1]
-    mixed[:, level.step : end : stride] = first * own[:, 1, 0] + second * own[:, 1, 1]
-    if into.ndim == 3:
-        mixed = mixed.view(len(matrix), len(into), -1).permute(1, 0, 2)
-    into.copy_(mixed)
+    near, far = (
+        slice(0, stride * level.count, stride),
+        slice(level.step, stride * level.count, stride),
+    )
+    first, second = matrix[:, near], matrix[:, far]
+    turned = matrix.clone()
+    turned[:, near] = first * own[:, 0, 0] + second * own[:, 0, 1]
+    turned[:, far] = first * own[:, 1, 0] + second * own[:, 1, 1]
+    return turned
 
 
-def _neighbours(stored: Tensor, dimension: int, count: int) -> Tensor:
-    """L₁ L₂ … as the code's second version pairs: all within neighbours; count × b × b.
+def _neighbours(stored: Tensor, dimension: int) -> Tensor:
+    """L₁ L₂ … as the code's second version pairs, all within neighbours: n × b × b.
 
     At each level the entry L₀₀ stands at i, L₁₁ at i + step, −L₀₁ as the sine at i and L₁₀ at
     i + step; every input then takes its own cosine and the sine of its own place with its
     neighbour. Where a level has nothing, cosine 1 and sine 0.
     """
-    pairs = torch.eye(2, dtype=torch.float64).repeat(count * _BLOCK // 2, 1, 1)
+    count = math.ceil(dimension / _NEIGHBOURS)
+    inputs = count * _NEIGHBOURS
+    pairs = torch.eye(2, dtype=torch.float64).repeat(inputs // 2, 1, 1)
     for level in levels(dimension):
-        cosine = torch.ones(count * _BLOCK, dtype=torch.float64)
-        sine = torch.zeros(count * _BLOCK, dtype=torch.float64)
+        cosine = torch.ones(inputs, dtype=torch.float64)
+        sine = torch.zeros(inputs, dtype=torch.float64)
         stride, own = 2 * level.step, stored[level.transforms]
-        end = stride * level.count
-        cosine[:end:stride], cosine[level.step : end : stride] = own[:, 0, 0], own[:, 1, 1]
-        sine[:end:stride], sine[level.step : end : stride] = -own[:, 0, 1], own[:, 1, 0]
-        even, odd = (
-            torch.stack([cosine[::2], -sine[::2]], 1),
-            torch.stack([sine[1::2], cosine[1::2]], 1),
-        )
+        near = slice(0, stride * level.count, stride)
+        far = slice(level.step, stride * level.count, stride)
+        cosine[near], cosine[far] = own[:, 0, 0], own[:, 1, 1]
+        sine[near], sine[far] = -own[:, 0, 1], own[:, 1, 0]
+        even = torch.stack([cosine[::2], -sine[::2]], 1)
+        odd = torch.stack([sine[1::2], cosine[1::2]], 1)
         pairs = pairs @ torch.stack([even, odd], 1)
-    blocks = torch.zeros(count, _BLOCK, _BLOCK, dtype=torch.float64)
-    places = torch.arange(0, _BLOCK, 2)
-    grouped = pairs.view(count, _BLOCK // 2, 2, 2)
+    blocks = torch.zeros(count, _NEIGHBOURS, _NEIGHBOURS, dtype=torch.float64)
+    places = torch.arange(0, _NEIGHBOURS, 2)
+    grouped = pairs.view(count, _NEIGHBOURS // 2, 2, 2)
     for row in (0, 1):
         for column in (0, 1):
             blocks[:, places + row, places + column] = grouped[:, :, row, column]

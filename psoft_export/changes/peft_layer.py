@@ -4,6 +4,7 @@ No formula of PEFT's is written here. The layer is built alone, in float64, arou
 """
 
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,8 +84,10 @@ class PeftLayer(WeightChange):
         model, (parent, name) = _nested(layer, self.module)
         try:
             known = peft.PeftConfig.from_peft_type(**self._config())
-            # PEFT draws starting values, from the process's generator and for all threads.
-            with _BUILDING, torch.random.fork_rng(devices=[]):
+            # PEFT draws starting values from the generator of all threads, and warns of what
+            # would make training fast.
+            with _BUILDING, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
                 wrapped = peft.PeftModel(model, known, autocast_adapter_dtype=False)
             tensors = {
                 key: tensor.to(dtype).to(weight) if tensor.is_floating_point() else tensor

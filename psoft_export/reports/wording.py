@@ -21,6 +21,8 @@ _NOT_RECORDED = (
     "they are those of training."
 )
 
+_NOT_ASKED = "It was not asked for."
+
 FiguresT = TypeVar("FiguresT", WeightFigures, GeometryFigures)
 
 
@@ -119,16 +121,27 @@ def levels(report: VerificationReport) -> tuple[LevelWords, LevelWords, LevelWor
     skipped = outputs.skipped if outputs is not None else None
     return (
         _level("weights", report.weights),
-        _level("geometry", report.geometry),
+        _level("geometry", report.geometry, _no_geometry(report)),
         _level("outputs", outputs)
         if skipped is None
         else LevelWords("outputs", "open", "not run", skipped),
     )
 
 
-def _level(name: str, level: WeightsLevel | GeometryLevel | OutputsLevel | None) -> LevelWords:
+def _no_geometry(report: VerificationReport) -> str:
+    basis = report.basis
+    if basis["record"] is None and basis["solver"] is None and "stored" not in basis:
+        return "The method rotates no principal subspace."
+    return _NOT_ASKED
+
+
+def _level(
+    name: str,
+    level: WeightsLevel | GeometryLevel | OutputsLevel | None,
+    absent: str = _NOT_ASKED,
+) -> LevelWords:
     if level is None:
-        return LevelWords(name, "open", "not run", "It was not asked for.")
+        return LevelWords(name, "open", "not run", absent)
     if level.equivalent:
         return LevelWords(name, "good", "equivalent")
     count = len(level.problems)
