@@ -61,7 +61,7 @@ class OurMerge:
     def merged(
         self, parameters: GivensParameters, weight: Tensor, *, with_check: bool = False
     ) -> list[Tensor]:
-        """The merged weight in row blocks, as they are written; checked as every merge is, or not."""
+        """The merged weight in row blocks, as written; checked as every merge is, or not."""
         change = GivensTransform(parameters)
         merge = change.merging(weight)
         expected = change.expected(weight) if with_check else None
