@@ -375,7 +375,7 @@ def describe_run(
         base=source_record(plan.base, {**weights, **beside["base"]}),
         adapter=source_record(adapter.source, {**adapter.sha256, **beside["adapter"]})
         | {
-            "name_of_method": adapter.method_name,
+            "method_name": adapter.method_name,
             "paper": adapter.paper,
             "method": adapter.method,
             "options": dict(adapter.options),

@@ -81,6 +81,9 @@ def lora_card(
     """The card of a LoRA adapter; `config` is its `adapter_config.json`, the rest as above."""
     modules = manifest["modules"]
     error = max(module["relative_error"] for module in modules)
+    change = "the same change of the weights"
+    if manifest["options"].get("approximate") is not None:
+        change = f"of rank {config['r']}, the nearest to its change of the weights"
     facts = {
         **_origin(manifest, base),
         "LoRA": f"rank {config['r']}, alpha {config['lora_alpha']}, {len(modules)} modules, "
@@ -90,8 +93,8 @@ def lora_card(
         "made with": _tools(manifest),
     }
     sections = {
-        "": f"{_first(manifest, base)} written as a LoRA adapter by psoft-export: the same "
-        f"change of the weights.\n\n{_table(facts)}",
+        "": f"{_first(manifest, base)} written as a LoRA adapter by psoft-export: {change}."
+        f"\n\n{_table(facts)}",
         "Use": _python(_peft(_class(manifest["model_class"]), repo_id, base, _commit(manifest))),
         "Equivalence": "The error above is of the files written, against the adapter's ΔW "
         "in float64. Outputs were not compared.",
@@ -187,7 +190,7 @@ def _first(manifest: Mapping[str, Any], base: str | None) -> str:
 def _named(manifest: Mapping[str, Any]) -> tuple[str, str]:
     """The method's name and the address of its paper."""
     adapter = manifest["adapter"]
-    return str(adapter.get("name_of_method", "PSOFT")), str(adapter.get("paper", PAPER))
+    return str(adapter.get("method_name", "PSOFT")), str(adapter.get("paper", PAPER))
 
 
 def _origin(manifest: Mapping[str, Any], base: str | None) -> dict[str, str]:

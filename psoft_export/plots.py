@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from psoft_export.errors import MissingExtraError, OutputError
+from psoft_export.errors import MissingExtraError, OutputError, UsageError
 from psoft_export.inspection import AdapterSummary, LayerSummary
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _COLUMNS = 4
 def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
     """Draw the rotation-angle spectrum of every layer, one panel a module type.
 
-    Each line is one layer's r angles in descending order; its colour is the layer's number.
+    Each line is one layer's angles in descending order; its colour is the layer's number.
 
     Args:
         summary: what `psoft_export.inspect` returned.
@@ -26,8 +26,12 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
+        UsageError: the method has no rotation angles.
         OutputError: the file cannot be written, or its suffix is unknown.
     """
+    drawn = [layer for layer in summary.layers if layer.angles]
+    if not drawn:
+        raise UsageError(f"{file}: {summary.method}: has no rotation angles to draw")
     with plot_extra("--plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.cm import ScalarMappable
@@ -37,7 +41,7 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
     if not file.suffix:
         raise OutputError(f"{file}: its name needs a suffix: .png, .svg or .pdf")
     groups: dict[str, list[LayerSummary]] = {}
-    for layer in summary.layers:
+    for layer in drawn:
         groups.setdefault(layer.kind, []).append(layer)
     columns = min(_COLUMNS, len(groups))
     rows = -(-len(groups) // columns)
@@ -47,7 +51,7 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
     )
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    last = max((layer.layer or 0 for layer in summary.layers), default=0)
+    last = max((layer.layer or 0 for layer in drawn), default=0)
     colours = ScalarMappable(Normalize(0, max(last, 1)), "viridis")
     for panel, (kind, layers) in zip(panels.flat, groups.items(), strict=False):
         _draw_panel(panel, kind, layers, colours)
@@ -55,10 +59,13 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
         panel.set_axis_off()
     for panel in panels.flat[max(0, len(groups) - columns) : len(groups)]:
         panel.tick_params(labelbottom=True)  # the lowest panel of its column
-    panels.flat[0].set_ylim(0, 1.04 * max(layer.angles[0] for layer in summary.layers) or 1)
-    figure.supxlabel("direction in the principal subspace, sorted by angle")
+    panels.flat[0].set_ylim(0, 1.04 * max(layer.angles[0] for layer in drawn) or 1)
+    in_subspace = summary.rank is not None
+    what = "direction in the principal subspace" if in_subspace else "rotation of two inputs"
+    figure.supxlabel(f"{what}, sorted by angle")
     figure.supylabel("rotation angle (degrees)")
-    figure.suptitle(f"{summary.name}: {summary.method}, r = {summary.rank}")
+    rank = f", r = {summary.rank}" if in_subspace else ""
+    figure.suptitle(f"{summary.name}: {summary.method}{rank}")
     if last > 0:
         bar = figure.colorbar(colours, ax=panels, label="layer")
         bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))

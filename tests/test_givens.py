@@ -16,7 +16,7 @@ from psoft_export.algebra.rounding import round_to_nearest
 from psoft_export.changes.givens import GivensTransform, distance_between_forms
 from psoft_export.cli.main import run
 from psoft_export.errors import UsageError
-from psoft_export.model_card import merged_card
+from psoft_export.model_card import lora_card, merged_card
 from psoft_export.reports.wording import levels
 from tests import files
 from tests.trained_elsewhere import Givens, givens_matrix, save, train
@@ -295,6 +295,8 @@ def test_lora_is_refused_and_approximated(
         assert best <= module.relative_error <= best * (1 + 1e-5) + 1e-7
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 20
+    card = lora_card(report.manifest, config, ("adapter_model.safetensors",), "me/lora", None)
+    assert "of rank 20, the nearest to its change" in card and "the same change" not in card
     with pytest.raises(UsageError, match="approximate 49"):
         psoft_export.to_lora(llama, tmp_path / "adapter", tmp_path / "x", approximate=49)
     with pytest.raises(UsageError, match="chooses the rank"):
@@ -313,7 +315,9 @@ def test_inspect_says_how_far_the_readings_are_apart(
         apart = givens_matrix(stored, "reference", 48) - givens_matrix(stored, "paper", 48)
         assert layer.form_distance == pytest.approx(float(apart.norm()) / 48**0.5, rel=1e-9)
         assert layer.shape[1] == 48 and layer.rank is None
-    assert run(["inspect", str(tmp_path / "adapter")]) == 0
+    picture = tmp_path / "angles.png"
+    assert run(["inspect", str(tmp_path / "adapter"), "--plot", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
     shown = capsys.readouterr().out
     assert "reference and paper apart" in shown and "basis record" not in shown
     assert "GOFT (strict) and qGOFT (relaxed) with a scaler, as the reference code" in shown

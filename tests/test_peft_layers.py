@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import psoft_export
 from psoft_export.cli.main import run
-from psoft_export.errors import AdapterError, UnsupportedError
+from psoft_export.errors import AdapterError, MismatchError, UnsupportedError
 from tests import files, models
 
 TARGETS = ["q_proj", "down_proj"]
@@ -158,6 +158,9 @@ def test_inspect_and_push_say_what_it_is(
     assert run(["inspect", str(tmp_path / "adapter"), "--base", str(llama)]) == 0
     shown = capsys.readouterr().out
     assert "HRA, by PEFT's own layers" in shown and "every target fits" in shown
+    picture = tmp_path / "angles.png"
+    assert run(["inspect", str(tmp_path / "adapter"), "--plot", str(picture)]) == 2
+    assert "no rotation angles" in capsys.readouterr().err and not picture.exists()
     assert run(["push", str(tmp_path / "adapter"), "me/hra"]) == 2
     assert "PEFT's PSOFT format" in capsys.readouterr().err
 
@@ -189,6 +192,9 @@ def test_bad_tensors(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"q_proj' has lora_A and no lora_B"):
         psoft_export.load_adapter(tmp_path / "adapter")
     files.edit_tensors(path, lambda _: whole | {f"{key}.lora_A.weight": torch.zeros(4, 63)})
+    with pytest.raises(MismatchError, match=r"lora_A\.weight' \[4, 63\] does not fit a weight"):
+        psoft_export.merge(llama, tmp_path / "adapter", tmp_path / "out")
+    files.edit_tensors(path, lambda _: whole | {f"{key}.lora_A.weight": torch.zeros(5, 64)})
     with pytest.raises(UnsupportedError, match=r"q_proj': PEFT cannot"):
         psoft_export.merge(llama, tmp_path / "adapter", tmp_path / "out")
     files.edit_tensors(path, lambda _: whole | {f"{key}.oft_R.weight": torch.zeros(4, 6)})
@@ -230,6 +236,6 @@ def test_the_manifest_names_the_method(llama: Path, tmp_path: Path) -> None:
     trained(llama, tmp_path / "adapter", METHODS["oft"](), steps=2)
     psoft_export.merge(llama, tmp_path / "adapter", tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "psoft_export.json").read_text())
-    assert manifest["adapter"]["name_of_method"] == "OFT"
+    assert manifest["adapter"]["method_name"] == "OFT"
     assert manifest["adapter"]["paper"].endswith("2306.07280")
     assert manifest["product"] == {"dtype": "float64", "relative_error_bound": None}

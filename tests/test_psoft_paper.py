@@ -236,6 +236,8 @@ def test_conv1d_layers(tmp_path: Path) -> None:
     psoft_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
+    report = psoft_export.verify(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert report.equivalent and report.geometry.equivalent
     with pytest.raises(UnsupportedError, match="Conv1D"):
         psoft_export.convert(tmp_path / "base", tmp_path / "adapter", tmp_path / "peft", to="peft")
     psoft_export.to_lora(tmp_path / "base", tmp_path / "adapter", tmp_path / "lora")

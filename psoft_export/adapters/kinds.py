@@ -21,7 +21,8 @@ class Kind:
 
     Attributes:
         name: what it is called.
-        marks: what the names of its tensors hold.
+        marks: what the names of its tensors hold, and of no other kind's.
+        shared: what names of its tensors hold that are those of another kind as well.
         module: has `matches(files)`, whether files say that they are of this kind, and
             `read(files, reading)`, the `Adapter` in them.
     """
@@ -29,16 +30,21 @@ class Kind:
     name: str
     marks: tuple[str, ...]
     module: ModuleType
+    shared: tuple[str, ...] = ()
 
-    def marks_name(self, name: str) -> bool:
-        """Whether a tensor of this name is of this kind."""
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this name can be of this kind."""
+        return any(mark in name for mark in (*self.marks, *self.shared))
+
+    def is_only(self, name: str) -> bool:
+        """Whether a tensor of this name is of this kind, unless of one that shares it."""
         return any(mark in name for mark in self.marks)
 
 
 # The first that matches is taken: the paper's checkpoints say that they are LoRA.
 KINDS = (
     Kind("PSOFT", (psoft.MARKER,), psoft),
-    Kind("PSOFT of the paper's code", (".lora_orth.", ".lora_A.", ".lora_B."), psoft_paper),
+    Kind("PSOFT of the paper's code", (".lora_orth.",), psoft_paper, (".lora_A.", ".lora_B.")),
     Kind("qGOFT", (".givens_hard", ".givens_soft", ".givens_scaler"), givens),
     *(Kind(kind, marks, peft_layers) for kind, marks in peft_layers.MARKS.items()),
 )
@@ -102,10 +108,10 @@ def _known() -> str:
 
 def _check_tensors(kind: Kind, files: AdapterFiles) -> None:
     """Check that there are tensors of this kind, and of no other."""
-    own = next((key for key in sorted(files.tensors) if kind.marks_name(key)), None)
+    own = next((key for key in sorted(files.tensors) if kind.has(key)), None)
     for other in KINDS:
         for key in sorted(files.tensors):
-            if not other.marks_name(key) or kind.marks_name(key):
+            if not other.is_only(key) or kind.has(key):
                 continue
             if own is None:
                 raise AdapterError(

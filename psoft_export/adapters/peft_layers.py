@@ -1,5 +1,6 @@
 """LoRA, OFT, BOFT and HRA adapters of PEFT, merged by PEFT's own layers one module at a time."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from psoft_export.adapters.adapter import Adapter, Reading
 from psoft_export.adapters.files import AdapterFiles, model_names, saved_name
 from psoft_export.basis.svd import Basis
 from psoft_export.changes.peft_layer import PeftLayer
-from psoft_export.errors import AdapterError, UnsupportedError
+from psoft_export.errors import AdapterError, MismatchError, UnsupportedError
 
 # What the names of each method's tensors hold.
 MARKS = {
@@ -102,7 +103,14 @@ class PeftLayersAdapter(Adapter):
         return int(rank) if rank is not None and not self.config.get("use_dora") else None
 
     def check_target(self, module: str, shape: tuple[int, int]) -> None:
-        """Nothing: PEFT refuses tensors that do not fit its layer."""
+        """See `Adapter`."""
+        for key, tensor in self.tensors[module].items():
+            rows, columns = _extents(key, tuple(tensor.shape))
+            if rows not in (None, shape[0]) or columns not in (None, shape[1]):
+                raise MismatchError(
+                    f"target module '{module}': its tensor '{key}' {list(tensor.shape)} does "
+                    f"not fit a weight {list(shape)}; the adapter was trained on another base"
+                )
 
     def numbers_beside(self, module: str, shape: tuple[int, int]) -> int:
         """Of its tensors, and of two square matrices that a forward pass may form."""
@@ -173,3 +181,19 @@ def _sort_tensors(
         if any("lora_magnitude" in key for key in own) and len(own) < 3:
             raise AdapterError(f"{files.weights}: '{module}' has neither lora_A nor lora_B")
     return tensors, saved
+
+
+def _extents(key: str, shape: tuple[int, ...]) -> tuple[int | None, int | None]:
+    """Rows and columns of the weight that a tensor is for, where its shape says them."""
+    if ".lora_A." in key and len(shape) == 2:
+        return None, shape[1]
+    if (".lora_B." in key and len(shape) == 2) or ".lora_magnitude" in key or ".boft_s" in key:
+        return shape[0], None
+    if ".hra_u" in key and len(shape) == 2:
+        return None, shape[0]
+    if ".boft_R" in key and len(shape) == 4:
+        return None, shape[1] * shape[2]
+    if ".oft_R." in key and len(shape) == 2 and shape[0] > 1:  # one block may be shared by all
+        block = round((1 + math.sqrt(1 + 8 * shape[1])) / 2)  # of block · (block − 1) / 2 entries
+        return None, shape[0] * block
+    return None, None
