@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from psoft_export.algebra.givens import GivensParameters, levels, transforms
+from psoft_export.algebra.givens import levels, transforms
 from psoft_export.algebra.merged_weight import MergeFigures, merged_blocks, row_parts
+from psoft_export.algebra.parameters import GivensParameters
 from psoft_export.algebra.rounding import round_to_nearest
 from psoft_export.changes.givens import GivensTransform
 from psoft_export.verification.evaluation import measure

@@ -67,7 +67,7 @@ class _Column:
     Attributes:
         name: its heading.
         of: the figures of one module; none where its method has none.
-        show: the text for several modules.
+        text: what is shown of the figures of several modules.
     """
 
     name: str

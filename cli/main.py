@@ -16,7 +16,7 @@ _INTERRUPTED = 130
 
 app = typer.Typer(
     name="psoft-export",
-    help="Take trained PSOFT adapters to deployment.",
+    help="Take trained PSOFT adapters, and their neighbours, to deployment.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

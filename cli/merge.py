@@ -98,7 +98,7 @@ def merge_command(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge a PSOFT adapter into its base checkpoint.
+    """Merge an adapter into its base checkpoint.
 
     The output folder is complete (weights, config, tokenizer, psoft_export.json) and appears
     only when every byte of it is on disk.

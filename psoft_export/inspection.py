@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from psoft_export.adapters.adapter import Adapter, GivensForm, NeumannTerms
+from psoft_export.adapters.adapter import Adapter, NeumannTerms
 from psoft_export.adapters.kinds import load_adapter
+from psoft_export.algebra.parameters import GivensForm
 from psoft_export.merging import plan_merge
 from psoft_export.module_paths import layer_number, module_kind
 from psoft_export.plan import MergePlan

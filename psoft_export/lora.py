@@ -1,4 +1,4 @@
-"""PSOFT as LoRA: ΔW = scaling · B (R − I) A is a LoRA pair already, exactly.
+"""Adapters as LoRA. PSOFT's ΔW = scaling · B (R − I) A is a LoRA pair already, exactly.
 
 No ΔW is formed and none decomposed, but where the method's ΔW has full rank and an approximation
 is asked for. Names and config are those of PEFT's LoRA, which vLLM,
@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psoft_export.adapters.adapter import Adapter, GivensForm, NeumannTerms, SubspaceAdapter
-from psoft_export.adapters.files import CONFIG, PREFIX, SAFETENSORS, is_narrowed
+from psoft_export.adapters.adapter import Adapter, NeumannTerms, SubspaceAdapter
+from psoft_export.adapters.files import CONFIG, PREFIX, SAFETENSORS, listed_targets, saved_tensors
 from psoft_export.algebra.low_rank import (
     needed_rank,
     product_difference,
     product_norm,
     spectral_factors,
 )
+from psoft_export.algebra.parameters import GivensForm
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
 from psoft_export.bases import BasisFinder
 from psoft_export.basis.solver import leading_triplets
@@ -187,7 +188,7 @@ def _converted_rank(plan: MergePlan, approximate: int | None, reduce_rank: float
         if approximate is not None:
             raise UsageError("approximate: this adapter is a LoRA pair exactly; leave it away")
         return adapter.rank
-    if adapter.rank is not None:
+    if adapter.is_lora:
         raise UnsupportedError(f"{adapter.source.name}: is a LoRA adapter already")
     if approximate is None:
         raise UnsupportedError(
@@ -261,7 +262,7 @@ class _Conversion:
     def _write_factors(
         self, folder: Path, rank: int, pairs: Generator[tuple[Tensor, Tensor]]
     ) -> None:
-        saved = {f"{PREFIX}{name}": tensor for name, tensor in self._plan.adapter.saved.items()}
+        saved = saved_tensors(self._plan.adapter.saved, self._plan.adapter.modules)
         specs = aligned_order(
             [
                 *_factor_specs(self._targets, rank, CODES[self._dtype]),
@@ -423,20 +424,9 @@ def _config(plan: MergePlan, rank: int, alpha: float) -> dict[str, Any]:
         "use_rslora": False,
         "use_dora": False,
         "fan_in_fan_out": any(target.transposed for target in plan.targets),
-        "target_modules": _target_modules(plan.adapter),
+        "target_modules": listed_targets(ours, plan.adapter.modules),
         "modules_to_save": ours.get("modules_to_save"),
     }
-
-
-def _target_modules(adapter: Adapter) -> list[str]:
-    """The adapter's own list, or every module's path where that says more than a list of names.
-
-    Servers read a list; PEFT would take a pattern or 'all-linear' as well.
-    """
-    wanted = adapter.config.get("target_modules")
-    if isinstance(wanted, list) and not is_narrowed(adapter.config):
-        return sorted(str(name) for name in wanted)
-    return list(adapter.modules)
 
 
 def _serving_warnings(adapter: Adapter, rank: int) -> list[str]:

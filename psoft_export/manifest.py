@@ -51,7 +51,7 @@ class LoraModule:
         module: module path, as the adapter names it.
         tensor: name of the checkpoint tensor that it changes.
         shape: out × in.
-        rank: r of the PSOFT adapter.
+        rank: r of the PSOFT adapter, or the rank asked for of an approximation.
         needed_rank: the fewest columns that keep ΔW within the tolerance of `--reduce-rank`; r
             without one.
         relative_error: ‖lora_B lora_A · scaling − ΔW‖ / ‖ΔW‖, Frobenius, of what was written:

@@ -8,17 +8,12 @@ from typing import Any
 import torch
 
 from psoft_export.adapters import basis_record
-from psoft_export.adapters.adapter import (
-    Adapter,
-    GivensForm,
-    NeumannTerms,
-    Reading,
-    SubspaceAdapter,
-)
+from psoft_export.adapters.adapter import Adapter, NeumannTerms, Reading, SubspaceAdapter
 from psoft_export.adapters.basis_record import BasisRecord
 from psoft_export.adapters.files import named_base
 from psoft_export.adapters.kinds import load_adapter
 from psoft_export.algebra.merged_weight import product_error_bound
+from psoft_export.algebra.parameters import GivensForm
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import BasisCache, open_cache
 from psoft_export.checkpoint import companions

@@ -134,8 +134,8 @@ class MergePlan:
         shapes = [target.weight_shape for target in self.targets]
         on_their_way = 2 * (workers + 1) * max((t.spec.nbytes for t in self.targets), default=0)
         if not isinstance(self.adapter, SubspaceAdapter):
-            dense = max((8 * rows * columns for rows, columns in shapes), default=0)
-            return 8 * CHUNK_BYTES + on_their_way + self.adapter.dense_copies * workers * dense
+            scratch = max(map(self.adapter.scratch_bytes, shapes), default=0)
+            return 8 * CHUNK_BYTES + on_their_way + workers * scratch
         if record is None and self.adapter.needs_record:
             return 8 * CHUNK_BYTES + max(map(_svd_bytes, shapes), default=0)
         is_solved = record is not None and record.kind == "signs"

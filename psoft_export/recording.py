@@ -20,7 +20,8 @@ from psoft_export.adapters.basis_record import (
     write_record,
 )
 from psoft_export.adapters.files import CONFIG, SAFETENSORS, read_tensors
-from psoft_export.algebra.rotation import RotationParameters, conjugated, rotation
+from psoft_export.algebra.parameters import RotationParameters
+from psoft_export.algebra.rotation import conjugated, rotation
 from psoft_export.bases import BasisFinder
 from psoft_export.basis.signs import (
     ADVISED_LIMIT,
@@ -475,7 +476,7 @@ def _to_peft(
         solver=options.solver,
         device="not known",
         library="the PSOFT paper's code",
-        dtype="float32",
+        dtype=str(adapter.held_dtype).removeprefix("torch."),
         scaling=options.scaling,
         initialisation=options.initialisation,
     )

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from psoft_export.adapters.adapter import GivensForm, NeumannTerms
+from psoft_export.adapters.adapter import NeumannTerms
 from psoft_export.adapters.files import CONFIG as ADAPTER_CONFIG
+from psoft_export.algebra.parameters import GivensForm
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import open_cache
 from psoft_export.checkpoint import companions
@@ -262,6 +263,13 @@ def _origin_problems(
             found.append(
                 f"{FILENAME}: the merge was made from another {side} (it differs in "
                 f"{', '.join(differing[:3])})"
+            )
+    stated = origin["adapter"].get("options", {})
+    for name, option in (("neumann_terms", "--neumann-terms"), ("givens", "--givens")):
+        if name in stated and adapter.options.get(name) != stated[name]:
+            found.append(
+                f"{FILENAME}: the merge was made with {option} {stated[name]}, this check with "
+                f"{adapter.options.get(name)}; pass what is right to both"
             )
     written = origin.get("files", {})
     found += [

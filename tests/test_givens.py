@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import psoft_export
-from psoft_export.algebra.givens import GivensParameters, row_mixing
+from psoft_export.algebra.givens import row_mixing
+from psoft_export.algebra.parameters import GivensParameters
 from psoft_export.algebra.rounding import round_to_nearest
 from psoft_export.changes.givens import GivensTransform, distance_between_forms
 from psoft_export.cli.main import run
@@ -233,14 +234,24 @@ def test_gpt2_stores_its_weights_the_other_way(adapter_name: str, tmp_path: Path
         tmp_path / "base", tmp_path / "adapter", tmp_path / "lora", approximate=16
     )
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["fan_in_fan_out"]
-    assert max(m.relative_error for m in dumped.modules) < 1
+    made = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for module in dumped.modules:
+        layer, prefix = layers[module.module], f"base_model.model.{module.module}"
+        delta = layer.exact() - layer.weight.double()
+        a, b = (made[f"{prefix}.lora_{side}.weight"].double() for side in "AB")
+        error = float((delta - b @ a).norm() / delta.norm())
+        values = torch.linalg.svdvals(delta)
+        assert module.relative_error == pytest.approx(error, rel=1e-6)
+        assert error == pytest.approx(float(values[16:].norm() / values.norm()), rel=1e-4)
 
 
 def test_the_other_reading_is_found_out(llama: Path, tmp_path: Path) -> None:
     trained(llama, tmp_path / "adapter", KINDS, "reference")
     psoft_export.merge(llama, tmp_path / "adapter", tmp_path / "out", givens="paper")
     report = psoft_export.verify(llama, tmp_path / "adapter", tmp_path / "out", level="weights")
-    assert not report.equivalent and "not the F32 number nearest" in report.first_problem
+    first, *others = report.problems
+    assert "made with --givens paper, this check with reference" in first
+    assert len(others) == 6 and all("not the F32 number nearest" in text for text in others)
 
 
 @pytest.mark.parametrize("fault", ["transposed", "levels reversed", "scaler behind", "no tanh"])
@@ -335,6 +346,11 @@ BAD = {
         lambda t: t | {f"{Q_PROJ}.givens_scaler": torch.ones(47)},
         3,
         "needs [48]",
+    ),
+    "a part twice": (
+        lambda t: t | {f"{Q_PROJ}.givens_hard.default": torch.zeros(47)},
+        3,
+        "holds 'givens_hard' twice",
     ),
     "unknown tensor": (
         lambda t: t | {f"{Q_PROJ}.givens_other": torch.ones(2)},

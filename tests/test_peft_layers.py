@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 import psoft_export
 from psoft_export.cli.main import run
 from psoft_export.errors import AdapterError, MismatchError, UnsupportedError
-from tests import files, models
+from tests import files, formulas, models
 
 TARGETS = ["q_proj", "down_proj"]
 METHODS: dict[str, Any] = {
@@ -86,6 +86,80 @@ def test_merged_is_what_peft_computes(method: str, llama: Path, tmp_path: Path) 
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def stored_of(adapter: Path, module: str) -> dict[str, torch.Tensor]:
+    prefix = f"base_model.model.{module}."
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def formula(method: str, module: str, adapter: Path, base: Path) -> torch.Tensor:
+    """The merged weight by the method's formula, in float64."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    alpha = 32 if method == "lora-patterns" and "layers.1.self_attn.q_proj" in module else None
+    options = config | {
+        "alpha": alpha or config.get("lora_alpha"),
+        "terms": config.get("num_cayley_neumann_terms"),
+    }
+    weight = load_file(base / "model.safetensors")[f"{module}.weight"]
+    return formulas.merged(config["peft_type"], weight, stored_of(adapter, module), options)
+
+
+# PEFT projects `oft-shared` before it rotates (COFT), which is its own.
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "oft-shared"])
+def test_merged_is_the_formula(method: str, llama: Path, tmp_path: Path) -> None:
+    trained(llama, tmp_path / "adapter", METHODS[method]())
+    report = psoft_export.merge(llama, tmp_path / "adapter", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for module in report.modules:
+        exact = formula(method, module.module, tmp_path / "adapter", llama)
+        off = (found[f"{module.module}.weight"] - exact).abs()
+        assert float(off.max()) <= 2.0**-24 * float(exact.abs().max())
+        nearest = found[f"{module.module}.weight"] == exact.float()
+        assert float(nearest.float().mean()) > 0.999
+    ranks = {module.module: module.rank for module in report.modules}
+    if method == "lora-patterns":
+        assert {r for m, r in ranks.items() if "down_proj" in m} == {6} and 4 in ranks.values()
+    elif method in ("lora", "rslora"):
+        assert set(ranks.values()) == {4}
+    else:
+        assert set(ranks.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["other alpha", "magnitudes reversed", "rotation transposed", "blocks reversed", "order"],
+)
+def test_planted_faults_are_found(fault: str, llama: Path, tmp_path: Path) -> None:
+    method = {"other alpha": "lora", "magnitudes reversed": "dora", "order": "hra"}.get(
+        fault, "oft-exact"
+    )
+    module = "model.layers.0.self_attn.q_proj"
+    trained(llama, tmp_path / "adapter", METHODS[method]())
+    psoft_export.merge(llama, tmp_path / "adapter", tmp_path / "out")
+    (tmp_path / "out" / "psoft_export.json").unlink()
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    options = config | {"alpha": config.get("lora_alpha")}
+    stored = stored_of(tmp_path / "adapter", module)
+    if fault == "other alpha":
+        options["alpha"] = 8
+    elif fault == "magnitudes reversed":
+        stored["lora_magnitude_vector"] = stored["lora_magnitude_vector"].flip(0)
+    elif fault == "rotation transposed":
+        stored["oft_R.weight"] = -stored["oft_R.weight"]
+    elif fault == "blocks reversed":
+        stored["oft_R.weight"] = stored["oft_R.weight"].flip(0)
+    else:
+        stored["hra_u"] = stored["hra_u"].flip(1)
+    weight = load_file(llama / "model.safetensors")[f"{module}.weight"]
+    wrong = formulas.merged(config["peft_type"], weight, stored, options).float()
+    files.edit_tensors(
+        tmp_path / "out" / "model.safetensors", lambda t: t | {f"{module}.weight": wrong}
+    )
+    report = psoft_export.verify(llama, tmp_path / "adapter", tmp_path / "out", level="weights")
+    (problem,) = report.problems
+    assert f"{module}.weight" in problem
 
 
 @pytest.mark.parametrize("method", ["lora", "oft", "boft", "hra"])
@@ -169,6 +243,7 @@ BAD_FIELDS = {
     "pissa": ({"init_lora_weights": "pissa"}, "changes the base's weights"),
     "lora_bias": ({"lora_bias": True}, "changes biases"),
     "layer_replication": ({"layer_replication": [[0, 2]]}, "other layers"),
+    "kasa": ({"kasa_config": {"beta": 1}}, "KaSA"),
 }
 
 
@@ -183,19 +258,65 @@ def test_what_is_more_than_a_change_of_weights_is_refused(
         psoft_export.load_adapter(tmp_path / "adapter")
 
 
+def test_older_versions_meant_another_oft(llama: Path, tmp_path: Path) -> None:
+    trained(llama, tmp_path / "adapter", METHODS["oft"](), steps=2)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    written = config.read_text()
+    for version in ("0.17.1", None):
+        files.edit_json(config, use_cayley_neumann=True, peft_version=version)
+        with pytest.raises(UnsupportedError, match=r"before 0\.18 summed another series"):
+            psoft_export.load_adapter(tmp_path / "adapter")
+    config.write_text(written)
+    files.edit_json(config, oft_block_size=None)
+    with pytest.raises(UnsupportedError, match=r"before 0\.14"):
+        psoft_export.load_adapter(tmp_path / "adapter")
+
+
+BAD_CONFIGS = {
+    "rank in words": ({"r": "four"}, 3, "field 'r' is 'four'"),
+    "alpha in words": ({"lora_alpha": "x"}, 3, "field 'lora_alpha' is 'x'"),
+    "rank of other tensors": ({"r": 5}, 6, "size mismatch"),
+    "a list of types": ({"peft_type": ["LORA"]}, 3, "a name is needed"),
+    "a field of the future": ({"use_magic": True}, 6, "'use_magic'"),
+    "DoRA without magnitudes": ({"use_dora": True}, 3, "has no lora_magnitude_vector"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_configs(
+    name: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(llama, tmp_path / "adapter", METHODS["lora"](), steps=2)
+    fields, code, words = BAD_CONFIGS[name]
+    files.edit_json(tmp_path / "adapter" / "adapter_config.json", **fields)
+    line = ["merge", "--base", str(llama), "--adapter", str(tmp_path / "adapter"), "--quiet"]
+    assert run([*line, "--output", str(tmp_path / "out")]) == code
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_bad_tensors(llama: Path, tmp_path: Path) -> None:
     trained(llama, tmp_path / "adapter", METHODS["lora"](), steps=2)
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     key = "base_model.model.model.layers.0.self_attn.q_proj"
     whole = load_file(path)
     files.edit_tensors(path, lambda t: {n: v for n, v in t.items() if n != f"{key}.lora_B.weight"})
-    with pytest.raises(AdapterError, match=r"q_proj' has lora_A and no lora_B"):
+    with pytest.raises(AdapterError, match=r"q_proj' has no lora_B"):
+        psoft_export.load_adapter(tmp_path / "adapter")
+    for damaged, words in (
+        ({f"{key}.lora_A.weight": torch.zeros(4, 64, dtype=torch.int8)}, "a float is needed"),
+        ({f"{key}.lora_A.weight": torch.zeros(64)}, "has 1 dimensions; 2 are needed"),
+        ({f"{key}.lora_A.weight": torch.zeros(5, 64)}, "not of one rank"),
+        ({f"{key}.lora_magnitude_vector": torch.zeros(64)}, "does not say use_dora"),
+    ):
+        files.edit_tensors(path, lambda _, damaged=damaged: whole | damaged)
+        with pytest.raises(AdapterError, match=words):
+            psoft_export.load_adapter(tmp_path / "adapter")
+    files.edit_tensors(path, lambda _: whole | {f"{key}.lora_diag": torch.zeros(4)})
+    with pytest.raises(UnsupportedError, match="a variant of the method"):
         psoft_export.load_adapter(tmp_path / "adapter")
     files.edit_tensors(path, lambda _: whole | {f"{key}.lora_A.weight": torch.zeros(4, 63)})
     with pytest.raises(MismatchError, match=r"lora_A\.weight' \[4, 63\] does not fit a weight"):
-        psoft_export.merge(llama, tmp_path / "adapter", tmp_path / "out")
-    files.edit_tensors(path, lambda _: whole | {f"{key}.lora_A.weight": torch.zeros(5, 64)})
-    with pytest.raises(UnsupportedError, match=r"q_proj': PEFT cannot"):
         psoft_export.merge(llama, tmp_path / "adapter", tmp_path / "out")
     files.edit_tensors(path, lambda _: whole | {f"{key}.oft_R.weight": torch.zeros(4, 6)})
     with pytest.raises(AdapterError, match=r"of two kinds, of LoRA .* and of OFT"):

@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 import psoft_export
 from psoft_export.algebra.rounding import round_to_nearest
 from psoft_export.cli.main import run
-from psoft_export.errors import MismatchError, UnsupportedError
-from tests import files
+from psoft_export.errors import MismatchError, UnsupportedError, UsageError
+from tests import files, models
 from tests.trained_elsewhere import Paper, replace, save, train
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -202,6 +202,92 @@ def test_the_order_of_the_triangle_is_checked(llama: Path, tmp_path: Path) -> No
     assert error.value.exit_code == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_basis_in_half_precision(dtype: torch.dtype, llama: Path, tmp_path: Path) -> None:
+    trained(llama, tmp_path / "adapter")
+    files.edit_tensors(
+        tmp_path / "adapter" / "adapter_model.safetensors",
+        lambda t: {n: v.to(dtype) if v.is_floating_point() else v for n, v in t.items()},
+    )
+    psoft_export.merge(llama, tmp_path / "adapter", tmp_path / "out", verify_outputs=True)
+    assert psoft_export.verify(llama, tmp_path / "adapter", tmp_path / "out").equivalent
+    psoft_export.convert(llama, tmp_path / "adapter", tmp_path / "peft", to="peft")
+    psoft_export.merge(llama, tmp_path / "peft", tmp_path / "other", verify_outputs=True)
+    one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "other"))
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+def test_a_head_whose_keys_keep_the_name(base_folder: Any, tmp_path: Path) -> None:
+    base = base_folder("minilm")
+    model = models.load_task_model("minilm", base)
+    layers = {
+        path: Paper(module, rank=4, alpha=4)
+        for path, module in model.named_modules()
+        if path.endswith("attention.self.query")
+    }
+    save(
+        tmp_path / "adapter",
+        layers,
+        adapter_name="default",
+        peft_type="LORA",
+        task_type="SEQ_CLS",
+        r=4,
+        lora_alpha=4,
+        target_modules=["query"],
+        modules_to_save=["classifier"],
+    )
+    head = {
+        f"base_model.model.classifier.modules_to_save.default.{n}": torch.randn(p.shape)
+        for n, p in model.classifier.named_parameters()
+    }
+    bias = "bert.encoder.layer.0.attention.self.query"
+    head[f"base_model.model.{bias}.base_layer.bias"] = torch.randn(384)
+    files.edit_tensors(tmp_path / "adapter" / "adapter_model.safetensors", lambda t: t | head)
+    psoft_export.merge(base, tmp_path / "adapter", tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in head.items():
+        plain = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+        assert torch.equal(merged[plain.replace("base_layer.", "")], tensor)
+    # The same from PEFT's own formats, as PEFT loads them.
+    inputs = models.FAMILIES["minilm"].inputs()
+    with torch.no_grad():
+        expected = type(model).from_pretrained(tmp_path / "out").eval()(**inputs).logits
+    psoft_export.convert(base, tmp_path / "adapter", tmp_path / "peft", to="peft")
+    psoft_export.to_lora(base, tmp_path / "adapter", tmp_path / "lora")
+    for folder in ("peft", "lora"):
+        loaded = PeftModel.from_pretrained(
+            models.load_task_model("minilm", base), tmp_path / folder
+        ).eval()
+        if folder == "peft":
+            psoft_export.restore_basis(loaded, tmp_path / folder)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_conversion_of_a_narrowed_checkpoint(llama: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama)
+    layers = {QUERY: Paper(model.get_submodule(QUERY), rank=8, alpha=8)}
+    save(
+        tmp_path / "adapter",
+        layers,
+        peft_type="LORA",
+        r=8,
+        lora_alpha=8,
+        target_modules=["q_proj"],
+        layers_to_transform=[0],
+    )
+    psoft_export.convert(llama, tmp_path / "adapter", tmp_path / "peft", to="peft")
+    report = psoft_export.merge(llama, tmp_path / "peft", tmp_path / "out")
+    assert [module.module for module in report.modules] == [QUERY]
+
+
+def test_verify_tells_of_another_reading(llama: Path, tmp_path: Path) -> None:
+    trained(llama, tmp_path / "adapter")
+    psoft_export.merge(llama, tmp_path / "adapter", tmp_path / "out", neumann_terms=9)
+    report = psoft_export.verify(llama, tmp_path / "adapter", tmp_path / "out", level="weights")
+    assert any("--neumann-terms 9, this check with 5" in text for text in report.problems)
+
+
 def test_another_base_is_noticed(base_folder: Any, llama: Path, tmp_path: Path) -> None:
     trained(llama, tmp_path / "adapter")
     other = LlamaForCausalLM.from_pretrained(llama)
@@ -264,6 +350,7 @@ BAD = {
         lambda t: t | {f"{KEY}.lora_A.weight": torch.zeros(7, 64)},
         "needs [8, 64]",
     ),
+    "lora_A is a vector": (lambda t: t | {f"{KEY}.lora_A.weight": torch.zeros(8)}, "has shape [8]"),
     "lora_B is a vector": (lambda t: t | {f"{KEY}.lora_B.weight": torch.zeros(8)}, "has shape [8]"),
     "too few angles": (
         lambda t: t | {f"{KEY}.lora_orth.a_params": torch.zeros(27)},
@@ -279,6 +366,20 @@ BAD = {
     "unknown tensor": (
         lambda t: t | {f"{KEY}.lora_orth.other": torch.zeros(1)},
         "not part of the format",
+    ),
+    "a part twice": (
+        lambda t: t | {f"{KEY}.lora_A.default.weight": torch.zeros(8, 64)},
+        "holds 'A' twice",
+    ),
+    "two adapters": (
+        lambda t: (
+            t
+            | {
+                f"{KEY}.lora_A.one.weight": torch.zeros(8, 64),
+                f"{KEY}.lora_A.two.weight": torch.ones(8),
+            }
+        ),
+        "several adapters (one, two)",
     ),
     "mixed with PEFT's PSOFT": (
         lambda t: t | {f"{KEY}.psoft_R.weight": torch.zeros(28)},
@@ -300,6 +401,16 @@ def test_bad_input(
     assert run([*line, "--output", str(tmp_path / "out")]) == 3
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_what_is_told_must_be_asked_for(
+    llama: Path, llama_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["merge", "--base", str(llama), "--adapter", str(llama_adapter)]
+    assert run([*line, "--output", str(tmp_path / "out"), "--givens", "paper"]) == 2
+    assert "givens paper: is for qGOFT; this adapter is of PSOFT" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"neumann-terms 1\.5"):
+        psoft_export.load_adapter(llama_adapter, neumann_terms=1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("terms", ["many", "-1", "1.5"])

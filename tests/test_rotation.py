@@ -11,7 +11,7 @@ from peft.tuners.psoft.layer import OrthLayer
 from torch import Tensor
 
 from psoft_export.algebra import rotation as algebra
-from psoft_export.algebra.rotation import CayleyNeumann, RotationParameters
+from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
 
 ranks = st.integers(1, 24)
 seeds = st.integers(0, 2**31)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import psoft_export
-from psoft_export.algebra.rotation import RotationParameters, rotation
+from psoft_export.algebra.rotation import rotation
 from psoft_export.bases import BasisFinder
 from psoft_export.changes.subspace import SubspaceRotation
 from psoft_export.checkpoint.reader import open_checkpoint
@@ -92,15 +92,11 @@ def left_out(weight: Tensor, change: SubspaceRotation) -> Tensor:
     return weight
 
 
-def applied_twice(
-    weight: Tensor, change: SubspaceRotation, parameters: RotationParameters
-) -> Tensor:
+def applied_twice(weight: Tensor, change: SubspaceRotation) -> Tensor:
     return weight + 2 * delta(change, core_of(change))
 
 
-def without_scaling(
-    weight: Tensor, change: SubspaceRotation, parameters: RotationParameters
-) -> Tensor:
+def without_scaling(weight: Tensor, change: SubspaceRotation) -> Tensor:
     return weight + delta(change, core_of(change)) / change.options.scaling
 
 
@@ -108,9 +104,7 @@ def transposed(weight: Tensor, change: SubspaceRotation) -> Tensor:
     return weight + delta(change, core_of(change).T)
 
 
-def vectors_swapped(
-    weight: Tensor, change: SubspaceRotation, parameters: RotationParameters
-) -> Tensor:
+def vectors_swapped(weight: Tensor, change: SubspaceRotation) -> Tensor:
     parameters = change.parameters
     assert parameters.vector_a is not None and parameters.vector_b is not None
     a, b = parameters.vector_a.double(), parameters.vector_b.double()

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import psoft_export
 from psoft_export.algebra.merged_weight import low_rank_factors
-from psoft_export.algebra.rotation import CayleyNeumann, RotationParameters, generator_size
+from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
+from psoft_export.algebra.rotation import generator_size
 from psoft_export.algebra.rotation import rotation as merging_rotation
 from psoft_export.checkpoint.writer import ShardWriter
 from psoft_export.cli.main import run

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from psoft_export.adapters.basis_record import BasisRecord
 from psoft_export.algebra.merged_weight import product_dtype
+from psoft_export.algebra.parameters import GivensForm, RotationParameters
 from psoft_export.algebra.rotation import (
-    RotationParameters,
     core_rotation,
     orthogonality_error,
     rotation_angles,
-    rotation_parameter_count,
     vector_deviation,
 )
 from psoft_export.basis.svd import Basis, BasisOptions
@@ -25,7 +24,6 @@ from psoft_export.changes.subspace import SubspaceRotation
 from psoft_export.checkpoint.source import Source
 from psoft_export.errors import MismatchError, UsageError
 
-GivensForm = Literal["reference", "paper"]
 NeumannTerms = int | Literal["exact"]
 
 
@@ -44,17 +42,21 @@ class Reading:
     givens: GivensForm | None = None
 
     def __post_init__(self) -> None:
-        terms = self.neumann_terms
-        if isinstance(terms, int) and terms < 0:
-            raise UsageError(f"neumann-terms {terms}: a number of at least 0, or exact, is needed")
-        if isinstance(terms, str) and terms != "exact":
+        terms: object = self.neumann_terms
+        is_number = isinstance(terms, int) and not isinstance(terms, bool) and terms >= 0
+        if not (terms is None or terms == "exact" or is_number):
             raise UsageError(
-                f"neumann-terms '{terms}': a number of at least 0, or exact, is needed"
+                f"neumann-terms {terms!r}: a number of at least 0, or exact, is needed"
             )
         if self.givens not in (None, *get_args(GivensForm)):
             raise UsageError(
                 f"givens '{self.givens}' is not one of {', '.join(get_args(GivensForm))}"
             )
+
+    def given(self) -> dict[str, Any]:
+        """What was said, by field."""
+        fields = {"neumann_terms": self.neumann_terms, "givens": self.givens}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,12 @@ class Adapter(ABC):
         return False
 
     @property
-    def dense_copies(self) -> int:
-        """How many copies of a weight in float64 one merge of it holds, for planning."""
+    def is_lora(self) -> bool:
+        """Whether it is a LoRA pair as it stands."""
+        return False
+
+    def scratch_bytes(self, shape: tuple[int, int]) -> int:
+        """Estimate of what the merge of one weight (out × in) holds beside the weight."""
         return 0
 
     @property
@@ -200,6 +206,7 @@ class SubspaceAdapter(Adapter):
         rotations: module path → stored parameters of its rotation.
         alpha: scaling · r, as the config states it.
         bases: module path → A and B, where the adapter's own file holds them.
+        basis_dtype: dtype in which that file holds them.
         method_options: see `options`.
         format_name: where the format is from, in a word or two; empty for PEFT's own.
     """
@@ -209,6 +216,7 @@ class SubspaceAdapter(Adapter):
     alpha: float
     method_options: Mapping[str, Any]
     bases: Mapping[str, Basis] = field(default_factory=dict)
+    basis_dtype: torch.dtype = torch.float32
     format_name: str = ""
 
     @property
@@ -243,12 +251,20 @@ class SubspaceAdapter(Adapter):
     @property
     def parameter_count(self) -> int:
         """See `Adapter`."""
-        return sum(map(rotation_parameter_count, self.rotations.values()))
+        return sum(parameters.count for parameters in self.rotations.values())
 
     @property
     def options(self) -> Mapping[str, Any]:
         """See `Adapter`."""
         return self.method_options
+
+    @property
+    def held_dtype(self) -> torch.dtype:
+        """The dtype in which training held A and B."""
+        if self.record is not None:
+            held: torch.dtype = getattr(torch, self.record.svd.dtype)
+            return held
+        return self.basis_dtype
 
     @property
     def takes_conv1d(self) -> bool:

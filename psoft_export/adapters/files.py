@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: not a JSON object")
     if config.get("peft_type") is None:
         raise AdapterError(f"{path}: field 'peft_type' is missing")
+    if not isinstance(config["peft_type"], str):
+        raise AdapterError(
+            f"{path}: field 'peft_type' is {config['peft_type']!r}; a name is needed"
+        )
     return config
 
 
@@ -168,15 +173,77 @@ def model_names(files: AdapterFiles) -> dict[str, str]:
     return {key: key.removeprefix(PREFIX) for key in sorted(files.tensors)}
 
 
-def saved_name(name: str) -> str | None:
+def saved_name(name: str, adapter: str = "") -> str | None:
     """The model's name of a tensor that is none of the method's own; None where it is a copy.
 
     A tensor of `modules_to_save`, or a bias of a layer that PEFT has wrapped. Where PEFT saves a
     resized embedding, it saves its own wrapper around it as well.
+
+    Args:
+        name: without PEFT's prefix.
+        adapter: the adapter's name, where the file's keys keep it.
     """
     if ".original_module." in name:
         return None
+    if adapter:
+        name = name.replace(f".modules_to_save.{adapter}.", ".")
     return name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+
+
+def saved_tensors(saved: Mapping[str, Tensor], modules: Collection[str]) -> dict[str, Tensor]:
+    """Tensors that replace the base's, by the names that PEFT looks for when it loads them.
+
+    Args:
+        saved: by model name.
+        modules: those that the adapter changes; PEFT wraps them, and a bias is inside.
+    """
+    tensors = {}
+    for name, tensor in saved.items():
+        module, _, parameter = name.rpartition(".")
+        inside = f"{module}.base_layer.{parameter}" if module in modules else name
+        tensors[f"{PREFIX}{inside}"] = tensor.contiguous()
+    return tensors
+
+
+def adapter_name(files: AdapterFiles, pattern: re.Pattern[str]) -> str:
+    """The adapter's name in the keys of a file that keeps it; empty where it does not.
+
+    Args:
+        files: the file.
+        pattern: finds it in a key, as its first group.
+
+    Raises:
+        AdapterError: there are several.
+    """
+    names = sorted({found[1] for key in files.tensors if (found := pattern.search(key))})
+    if names[1:]:
+        raise AdapterError(
+            f"{files.weights}: its keys name several adapters ({', '.join(names)}); save each in a "
+            "folder of its own"
+        )
+    return next(iter(names), "")
+
+
+def put_once(parts: dict[str, str], part: str, key: str, files: AdapterFiles) -> None:
+    """Note which tensor of a file is a part of a module.
+
+    Raises:
+        AdapterError: another is already.
+    """
+    if part in parts:
+        raise AdapterError(f"{files.weights}: holds '{part}' twice, as '{parts[part]}' and '{key}'")
+    parts[part] = key
+
+
+def listed_targets(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
+    """The adapter's own list, or every module's path where that says more than a list of names.
+
+    Servers read a list; PEFT would take a pattern or 'all-linear' as well.
+    """
+    wanted = config.get("target_modules")
+    if isinstance(wanted, list) and not is_narrowed(config):
+        return sorted(str(name) for name in wanted)
+    return list(modules)
 
 
 def named_base(config: Mapping[str, Any]) -> str | None:

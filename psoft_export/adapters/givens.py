@@ -1,20 +1,28 @@
 """qGOFT adapters (arXiv 2404.04316; `ArthurLeoM/peft-givens`, `peft_type: "GIVENS"`)."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from psoft_export.adapters.adapter import Adapter, GivensForm, ModuleFacts, Reading
-from psoft_export.adapters.files import AdapterFiles, model_names, saved_name
-from psoft_export.algebra.givens import GivensParameters, given_angles
+from psoft_export.adapters.adapter import Adapter, ModuleFacts, Reading
+from psoft_export.adapters.files import (
+    AdapterFiles,
+    adapter_name,
+    model_names,
+    put_once,
+    saved_name,
+)
+from psoft_export.algebra.givens import given_angles
+from psoft_export.algebra.parameters import GivensForm, GivensParameters
 from psoft_export.basis.svd import Basis
 from psoft_export.changes.givens import GivensTransform, distance_between_forms
 from psoft_export.errors import AdapterError, MismatchError, UsageError
 
 _TENSORS = ("givens_hard", "givens_soft", "givens_scaler")
-_ADAPTER_NAME = "default"
+_NAMED = re.compile(r"\.givens_(?:hard|soft|scaler)\.([^.]+)$")
 _FIRST_VERSION = (
     "'{module}' has {dimension} inputs, an odd number, which the forward pass of the reference "
     "code's second version cannot take: the adapter is taken for one of its first version, whose "
@@ -113,11 +121,6 @@ class GivensAdapter(Adapter):
         return GivensTransform(self.parameters[module])
 
 
-def matches(files: AdapterFiles) -> bool:
-    """Whether the files are of this kind."""
-    return bool(files.config["peft_type"] == "GIVENS")
-
-
 def read(files: AdapterFiles, reading: Reading) -> Adapter:
     """The adapter in these files.
 
@@ -152,16 +155,17 @@ def _sort_tensors(files: AdapterFiles) -> tuple[dict[str, dict[str, str]], dict[
     """Module → tensor's own name → name in the file, and the tensors of `modules_to_save`."""
     parts: dict[str, dict[str, str]] = {}
     saved: dict[str, Tensor] = {}
+    named = adapter_name(files, _NAMED)
     for key, name in model_names(files).items():
         module, mark, rest = name.rpartition(".givens_")
         if not mark:
-            if (kept := saved_name(name)) is not None:
+            if (kept := saved_name(name, named)) is not None:
                 saved[kept] = files.tensors[key]
             continue
-        tensor = f"givens_{rest.removesuffix(f'.{_ADAPTER_NAME}')}"
+        tensor = f"givens_{rest.removesuffix(f'.{named}')}"
         if tensor not in _TENSORS:
             raise AdapterError(f"{files.weights}: tensor '{key}' is not part of the qGOFT format")
-        parts.setdefault(module, {})[tensor] = key
+        put_once(parts.setdefault(module, {}), tensor, key, files)
     return parts, saved
 
 

@@ -1,18 +1,21 @@
 """The kinds of adapters that are known, and reading one of whatever kind it is.
 
-A new kind is a module here with two functions, `matches` and `read`, entered in `_KINDS`
-(docs/adapters.md).
+A new kind is a module here with a function `read`, entered in `KINDS` (docs/adapters.md).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
-from psoft_export.adapters import givens, peft_layers, psoft, psoft_paper
-from psoft_export.adapters.adapter import Adapter, GivensForm, NeumannTerms, Reading
+from psoft_export.adapters import givens as givens_format
+from psoft_export.adapters import peft_layers, psoft, psoft_paper
+from psoft_export.adapters.adapter import Adapter, NeumannTerms, Reading
 from psoft_export.adapters.files import CONFIG, AdapterFiles, adapter_files, read_files
+from psoft_export.algebra.parameters import GivensForm
 from psoft_export.checkpoint.source import Source, resolve
-from psoft_export.errors import AdapterError, UnsupportedError
+from psoft_export.errors import AdapterError, UnsupportedError, UsageError
+
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -21,20 +24,30 @@ class Kind:
 
     Attributes:
         name: what it is called.
+        peft_type: what the config says of it.
         marks: what the names of its tensors hold, and of no other kind's.
-        shared: what names of its tensors hold that are those of another kind as well.
-        module: has `matches(files)`, whether files say that they are of this kind, and
-            `read(files, reading)`, the `Adapter` in them.
+        read: the `Adapter` in files of this kind.
+        shared: what names of its tensors hold that are those of another kind as well; then
+            tensors of its own tell it from that one.
+        told: which fields of `Reading` it asks for.
     """
 
     name: str
+    peft_type: str
     marks: tuple[str, ...]
-    module: ModuleType
+    read: Callable[[AdapterFiles, Reading], Adapter]
     shared: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
+
+    def matches(self, files: AdapterFiles) -> bool:
+        """Whether files say that they are of this kind."""
+        if files.config["peft_type"] != self.peft_type:
+            return False
+        return not self.shared or any(self.is_only(key) for key in files.tensors)
 
     def has(self, name: str) -> bool:
         """Whether a tensor of this name can be of this kind."""
-        return any(mark in name for mark in (*self.marks, *self.shared))
+        return self.is_only(name) or any(mark in name for mark in self.shared)
 
     def is_only(self, name: str) -> bool:
         """Whether a tensor of this name is of this kind, unless of one that shares it."""
@@ -43,12 +56,18 @@ class Kind:
 
 # The first that matches is taken: the paper's checkpoints say that they are LoRA.
 KINDS = (
-    Kind("PSOFT", (psoft.MARKER,), psoft),
-    Kind("PSOFT of the paper's code", (".lora_orth.",), psoft_paper, (".lora_A.", ".lora_B.")),
-    Kind("qGOFT", (".givens_hard", ".givens_soft", ".givens_scaler"), givens),
-    *(Kind(kind, marks, peft_layers) for kind, marks in peft_layers.MARKS.items()),
+    Kind("PSOFT", "PSOFT", (psoft.MARKER,), psoft.read),
+    Kind(
+        "PSOFT of the paper's code",
+        "LORA",
+        (".lora_orth.",),
+        psoft_paper.read,
+        shared=(".lora_A.", ".lora_B."),
+        told=("neumann_terms",),
+    ),
+    Kind("qGOFT", "GIVENS", (".givens_",), givens_format.read, told=("givens",)),
+    *(Kind(m.name, m.peft_type, m.marks, peft_layers.read) for m in peft_layers.METHODS),
 )
-_SHOWN = 3
 
 
 def load_adapter(
@@ -70,6 +89,7 @@ def load_adapter(
     Raises:
         AdapterError: a file is missing or malformed, or its tensors fit no kind.
         UnsupportedError: it is of a kind, or has an option, that is not known here.
+        UsageError: `neumann_terms` or `givens` cannot be used, or not with this kind.
         NonFiniteError: a tensor holds NaN or infinity.
         RecordError: its basis record is damaged, or belongs to another adapter.
         HubError: the repository cannot be had.
@@ -86,24 +106,28 @@ def load_adapter(
 def read_adapter(source: Source, reading: Reading) -> Adapter:
     """The adapter in a folder; errors as of `load_adapter`."""
     files = read_files(source)
-    for kind in KINDS:
-        if kind.module.matches(files) and _is_named(kind, files):
-            _check_tensors(kind, files)
-            adapter: Adapter = kind.module.read(files, reading)
-            return adapter
-    raise UnsupportedError(
-        f"{files.config_path}: peft_type is '{files.config['peft_type']}'; this tool takes "
-        f"{_known()} adapters"
-    )
-
-
-def _is_named(kind: Kind, files: AdapterFiles) -> bool:
-    """Whether `peft_layers`, which reads several kinds, is asked about the right one."""
-    return kind.module is not peft_layers or files.config["peft_type"] == kind.name.upper()
+    kind = next((kind for kind in KINDS if kind.matches(files)), None)
+    if kind is None:
+        raise UnsupportedError(
+            f"{files.config_path}: peft_type is '{files.config['peft_type']}'; this tool takes "
+            f"{_known()} adapters"
+        )
+    _check_tensors(kind, files)
+    _check_reading(kind, reading)
+    return kind.read(files, reading)
 
 
 def _known() -> str:
     return ", ".join(kind.name for kind in KINDS)
+
+
+def _check_reading(kind: Kind, reading: Reading) -> None:
+    for field, value in reading.given().items():
+        if field not in kind.told:
+            meant = next(other.name for other in KINDS if field in other.told)
+            raise UsageError(
+                f"{field.replace('_', '-')} {value}: is for {meant}; this adapter is of {kind.name}"
+            )
 
 
 def _check_tensors(kind: Kind, files: AdapterFiles) -> None:

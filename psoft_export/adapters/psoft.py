@@ -17,16 +17,13 @@ from psoft_export.adapters.files import (
     PREFIX,
     AdapterFiles,
     is_positive,
+    listed_targets,
     model_names,
     saved_name,
+    saved_tensors,
 )
-from psoft_export.algebra.rotation import (
-    CayleyNeumann,
-    RotationParameters,
-    core_rotation,
-    generator_size,
-    peft_terms,
-)
+from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
+from psoft_export.algebra.rotation import core_rotation, generator_size, peft_terms
 from psoft_export.basis.svd import BasisOptions
 from psoft_export.errors import AdapterError
 
@@ -60,11 +57,6 @@ class _Options:
     vector_a: bool
     vector_b: bool
     series: CayleyNeumann | None
-
-
-def matches(files: AdapterFiles) -> bool:
-    """Whether the files are of this kind."""
-    return bool(files.config["peft_type"] == "PSOFT")
 
 
 def read(files: AdapterFiles, _: Reading) -> Adapter:
@@ -108,7 +100,7 @@ def as_psoft(adapter: SubspaceAdapter) -> tuple[dict[str, Any], dict[str, Tensor
     options, first = adapter.basis_options, next(iter(adapter.rotations.values()))
     terms = peft_terms(first.series) if first.series is not None else None
     free = not first.orthogonal or (first.series is not None and terms is None)
-    tensors = {f"{PREFIX}{name}": t.contiguous() for name, t in adapter.saved.items()}
+    tensors = saved_tensors(adapter.saved, adapter.modules)
     for module, parameters in adapter.rotations.items():
         weight = core_rotation(parameters).float() if free else parameters.weight
         parts = {
@@ -126,7 +118,7 @@ def as_psoft(adapter: SubspaceAdapter) -> tuple[dict[str, Any], dict[str, Tensor
         "inference_mode": True,
         "r": options.rank,
         "psoft_alpha": adapter.alpha,
-        "target_modules": adapter.config.get("target_modules"),
+        "target_modules": listed_targets(adapter.config, adapter.modules),
         "modules_to_save": adapter.config.get("modules_to_save"),
         "ab_svd_init": options.initialisation,
         "psoft_svd": options.solver,

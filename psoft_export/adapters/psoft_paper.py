@@ -5,18 +5,27 @@ stored of the rotation are the entries of a skew-symmetric K below the diagonal,
 rotation is (I − K)(I + K)⁻¹, so K = −Q, and Qᵢⱼ above the diagonal is the stored Kⱼᵢ.
 """
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from psoft_export.adapters.adapter import Adapter, Reading, SubspaceAdapter
-from psoft_export.adapters.files import AdapterFiles, model_names, saved_name
-from psoft_export.algebra.rotation import CayleyNeumann, RotationParameters, generator_size
+from psoft_export.adapters.files import (
+    AdapterFiles,
+    adapter_name,
+    model_names,
+    put_once,
+    saved_name,
+)
+from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
+from psoft_export.algebra.rotation import generator_size
 from psoft_export.basis.svd import Basis, BasisOptions
 from psoft_export.errors import AdapterError, UnsupportedError
 
 DEFAULT_TERMS = 5
+_NAMED = re.compile(r"\.lora_(?:A|B|orth)\.([^.]+)\.[^.]+$")
 _NAMES = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -25,17 +34,11 @@ _NAMES = {
     "lora_orth.mag_vector_b": "vector_b",
     "lora_orth.indices_lower": "indices",
 }
-_ADAPTER_NAME = "default"  # the paper's code knows no other
 _ASSUMED = (
     "the checkpoint does not say how many terms its Cayley–Neumann series had: taken are the "
     f"{DEFAULT_TERMS} of the paper's code; --neumann-terms says otherwise"
 )
 _PER_MODULE = ("rank_pattern", "alpha_pattern")
-
-
-def matches(files: AdapterFiles) -> bool:
-    """Whether the files are of this kind."""
-    return files.config["peft_type"] == "LORA" and any(".lora_orth." in k for k in files.tensors)
 
 
 def read(files: AdapterFiles, reading: Reading) -> Adapter:
@@ -85,6 +88,7 @@ def read(files: AdapterFiles, reading: Reading) -> Adapter:
         alpha=scaling * rank,
         method_options=options,
         bases={module: _basis(module, p, rank, files) for module, p in parts.items()},
+        basis_dtype=files.tensors[next(iter(parts.values()))["A"]].dtype,
         format_name="checkpoint of the paper's code",
     )
 
@@ -105,19 +109,20 @@ def _sort_tensors(files: AdapterFiles) -> tuple[dict[str, dict[str, str]], dict[
     """Module → part → name in the file, and the tensors of `modules_to_save`."""
     parts: dict[str, dict[str, str]] = {}
     saved: dict[str, Tensor] = {}
+    named = adapter_name(files, _NAMED)
     for key, name in model_names(files).items():
         module, mark, rest = name.rpartition(".lora_")
         if not mark:
-            if (kept := saved_name(name)) is not None:
+            if (kept := saved_name(name, named)) is not None:
                 saved[kept] = files.tensors[key]
             continue
         owner, _, parameter = rest.partition(".")
-        plain = f"lora_{owner}.{parameter.removeprefix(f'{_ADAPTER_NAME}.')}"
+        plain = f"lora_{owner}.{parameter.removeprefix(f'{named}.')}"
         if plain not in _NAMES:
             raise AdapterError(
                 f"{files.weights}: tensor '{key}' is not part of the format of the paper's code"
             )
-        parts.setdefault(module, {})[_NAMES[plain]] = key
+        put_once(parts.setdefault(module, {}), _NAMES[plain], key, files)
     for module, found in parts.items():
         for name, part in (("lora_A", "A"), ("lora_B", "B"), ("lora_orth.a_params", "params")):
             if part not in found:
@@ -168,6 +173,6 @@ def _above_diagonal(entries: Tensor, rank: int) -> Tensor:
 
 def _basis(module: str, parts: Mapping[str, str], rank: int, files: AdapterFiles) -> Basis:
     a, b = files.tensors[parts["A"]], files.tensors[parts["B"]]
-    a = files.check_tensor(parts["A"], (rank, *a.shape[1:2]), f"rank {rank}")
-    b = files.check_tensor(parts["B"], (*b.shape[:1], rank), f"rank {rank}")
+    a = files.check_tensor(parts["A"], (rank, a.shape[-1] if a.ndim else 0), f"rank {rank}")
+    b = files.check_tensor(parts["B"], (b.shape[0] if b.ndim else 0, rank), f"rank {rank}")
     return Basis(a.float(), b.float())

@@ -8,43 +8,16 @@ multiplied by factors of P, small blocks and what joins their firsts, never by a
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Form = Literal["reference", "paper"]
+from psoft_export.algebra.parameters import GivensParameters
+
 # Inputs that a factor mixes among themselves, measured; with fewer, what joins them costs more.
 _BLOCK = 32
 _WHOLE = 128  # inputs that one matrix mixes all
 _NEIGHBOURS = 8  # where only neighbours are mixed and nothing is joined
-
-
-@dataclass(frozen=True)
-class GivensParameters:
-    """What an adapter stores for one module.
-
-    Attributes:
-        angles: d − 1 numbers x, the angles being π · tanh(x); None in the relaxed form.
-        blocks: (d − 1) × 2 × 2 transforms; None in the strict form.
-        scaler: d numbers, or None.
-        form: `paper`: true transforms of the pair (i, i + 2^level), W P = W S L₁ᵀ L₂ᵀ …, as the
-            paper and the first version of its code have it. `reference`: what the forward pass
-            of the code's second version computes, neighbours paired at every level, W S L₁ L₂ ….
-            S is the diagonal of `scaler`.
-    """
-
-    angles: Tensor | None
-    blocks: Tensor | None
-    scaler: Tensor | None
-    form: Form
-
-    @property
-    def dimension(self) -> int:
-        """d."""
-        stored = self.angles if self.angles is not None else self.blocks
-        assert stored is not None
-        return len(stored) + 1
 
 
 @dataclass(frozen=True)

@@ -5,54 +5,17 @@ C = Cayley(Q) its rotation, R = diag(vector_b) · C · diag(vector_a). All in fl
 r is at most a few hundred, and the rest of the merge can only be as exact as R.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class CayleyNeumann:
-    """The truncated series that stands in for the Cayley transform.
-
-    `terms` is counted as `convention` says: as PEFT's `num_cayley_neumann_terms` or as the
-    paper's own code counts. `max_norm` is PEFT's `cayley_neumann_eps`, a bound on ‖Q‖_F above
-    which Q is scaled down, or None.
-    """
-
-    terms: int
-    max_norm: float | None = None
-    convention: Literal["peft", "paper"] = "peft"
-
-
-@dataclass(frozen=True)
-class RotationParameters:
-    """What an adapter stores for one module.
-
-    `weight` is either the r(r−1)/2 entries of Q above the diagonal, in
-    `torch.triu_indices(r, r, 1)` order (`orthogonal` true), or the r × r matrix itself
-    (`orthogonal` false). `vector_a` (input side) and `vector_b` (output side) are r entries
-    each, or None. `series` is None for the exact Cayley transform. Stored dtypes are kept.
-    """
-
-    rank: int
-    weight: Tensor
-    vector_a: Tensor | None = None
-    vector_b: Tensor | None = None
-    orthogonal: bool = True
-    series: CayleyNeumann | None = None
+from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
 
 
 def generator_size(rank: int) -> int:
     """Number of free entries of an r × r skew-symmetric matrix: r(r−1)/2."""
     return rank * (rank - 1) // 2
-
-
-def rotation_parameter_count(parameters: RotationParameters) -> int:
-    """How many numbers are stored for one rotation."""
-    parts = (parameters.weight, parameters.vector_a, parameters.vector_b)
-    return sum(part.numel() for part in parts if part is not None)
 
 
 def skew_symmetric(entries: Tensor, rank: int) -> Tensor:

@@ -32,8 +32,9 @@ class ChangeFacts:
 class WeightChange(ABC):
     """What an adapter does to one weight W (out × in): W becomes W + ΔW.
 
-    It is evaluated twice, by formulas that have nothing in common: `merging` makes the merged
-    weight, `expected` says what it should be.
+    It is evaluated twice: `merging` makes the merged weight, `expected` says what it should be,
+    by formulas that are not those of `merging`. (Of a layer of PEFT's both are PEFT's: its merge,
+    and its forward pass, which may share a rotation.)
     """
 
     @property

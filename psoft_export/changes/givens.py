@@ -6,14 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from psoft_export.algebra.givens import (
-    GivensParameters,
-    given_angles,
-    levels,
-    row_mixing,
-    transforms,
-)
+from psoft_export.algebra.givens import given_angles, levels, row_mixing, transforms
 from psoft_export.algebra.merged_weight import MergeRows
+from psoft_export.algebra.parameters import GivensParameters
 from psoft_export.changes.change import ChangeFacts, WeightChange
 from psoft_export.reference.expected import Expected
 from psoft_export.reference.givens import expected_rows
@@ -70,12 +65,14 @@ class GivensTransform(WeightChange):
 def distance_between_forms(parameters: GivensParameters) -> float:
     """‖P_reference − P_paper‖ / √d, Frobenius: 0 where both mean the same, 1.4 where unrelated."""
     mixings = [row_mixing(replace(parameters, form=form)) for form in ("reference", "paper")]
-    identity = torch.eye(parameters.dimension, dtype=torch.float64)
-    squares = 0.0
-    for rows in torch.split(identity, _ROWS):
+    dimension, squares = parameters.dimension, 0.0
+    for start in range(0, dimension, _ROWS):
+        count = min(_ROWS, dimension - start)
+        rows = torch.zeros(count, dimension, dtype=torch.float64)
+        rows[torch.arange(count), torch.arange(start, start + count)] = 1
         one, other = (mixing.apply(rows) for mixing in mixings)
         squares += float((one - other).square().sum())
-    return math.sqrt(squares / parameters.dimension)
+    return math.sqrt(squares / dimension)
 
 
 def _turn_pairs(x: Tensor, step: int, count: int, own: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 No formula of PEFT's is written here. The layer is built alone, in float64, around one weight.
 """
 
+import dataclasses
 import threading
 import warnings
 from collections.abc import Mapping
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 
 from psoft_export.algebra.merged_weight import MergeRows
 from psoft_export.changes.change import ChangeFacts, WeightChange
-from psoft_export.errors import MissingExtraError, UnsupportedError, first_line
+from psoft_export.errors import MissingExtraError, UnsupportedError
 from psoft_export.reference.expected import Expected
 
-_COLUMNS = 1024  # of the identity that go through the forward pass at a time
+_LONGEST = 300  # characters of an error of PEFT's
 _BUILDING = threading.Lock()
 _PATTERN_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 
@@ -59,10 +60,9 @@ class PeftLayer(WeightChange):
         identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
         with torch.no_grad():
             try:
-                columns = [layer(part).T for part in torch.split(identity, _COLUMNS)]
+                merged = layer(identity).T.contiguous()
             except Exception as cause:  # PEFT raises errors of many kinds
                 raise self._refused("run", cause) from cause
-        merged = torch.cat(columns, dim=1)
         norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
         return Expected(
             delta=lambda rows, which: merged[which] - rows,
@@ -83,7 +83,7 @@ class PeftLayer(WeightChange):
         weight: Any = layer.weight
         model, (parent, name) = _nested(layer, self.module)
         try:
-            known = peft.PeftConfig.from_peft_type(**self._config())
+            known = self._config(peft)
             # PEFT draws starting values from the generator of all threads, and warns of what
             # would make training fast.
             with _BUILDING, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -94,26 +94,47 @@ class PeftLayer(WeightChange):
                 for key, tensor in self.tensors.items()
             }
             loaded = peft.set_peft_model_state_dict(wrapped, tensors)
+        except UnsupportedError:
+            raise
         except Exception as cause:  # PEFT raises errors of many kinds
             raise self._refused("load", cause) from cause
-        if loaded.unexpected_keys:
-            raise UnsupportedError(
-                f"module '{self.module}': PEFT {peft.__version__} has no place for its tensor "
-                f"'{loaded.unexpected_keys[0]}'"
-            )
+        absent = [key for key in loaded.missing_keys if ".base_layer." not in key]
+        for text, keys in (("has no place for", loaded.unexpected_keys), ("asks for", absent)):
+            if keys:
+                raise UnsupportedError(
+                    f"module '{self.module}': PEFT {peft.__version__} {text} a tensor '{keys[0]}'"
+                )
         return getattr(parent, name).eval().requires_grad_(False).to(weight.device)
 
-    def _config(self) -> dict[str, Any]:
-        """The config for this module alone."""
-        alone = {name: value for name, value in self.config.items() if value is not None}
-        for name in _PATTERN_FIELDS:
-            alone.pop(name, None)
-        return {**alone, "target_modules": [self.module], "task_type": None, "inference_mode": True}
+    def _config(self, peft: Any) -> Any:
+        """PEFT's config for this module alone.
+
+        Raises:
+            UnsupportedError: it has a field that this PEFT does not know.
+        """
+        made = peft.PEFT_TYPE_TO_CONFIG_MAPPING[self.config["peft_type"]]
+        known = {field.name for field in dataclasses.fields(made)} - {*_PATTERN_FIELDS}
+        for name, value in self.config.items():
+            if name not in known and name not in _PATTERN_FIELDS and value:
+                raise UnsupportedError(
+                    f"field '{name}' of the adapter's config is not known to PEFT "
+                    f"{peft.__version__}; use the PEFT that trained it"
+                )
+        given = {n: v for n, v in self.config.items() if n in known and v is not None}
+        return made(
+            **{**given, "target_modules": [self.module], "task_type": None, "inference_mode": True}
+        )
 
     def _refused(self, what: str, cause: Exception) -> UnsupportedError:
         return UnsupportedError(
-            f"module '{self.module}': PEFT cannot {what} it alone ({first_line(cause)})"
+            f"module '{self.module}': PEFT cannot {what} it alone ({_in_one_line(cause)})"
         )
+
+
+def _in_one_line(cause: Exception) -> str:
+    """An error's message; PEFT's and torch's say what is wrong only in the second line."""
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _linear(weight: Tensor) -> nn.Linear:

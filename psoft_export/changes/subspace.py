@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from psoft_export.algebra.merged_weight import MergeRows, low_rank_factors, with_product
+from psoft_export.algebra.parameters import RotationParameters
 from psoft_export.algebra.rotation import (
-    RotationParameters,
     core_rotation,
     orthogonality_error,
     rotation,

@@ -143,7 +143,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UnsupportedError(
-            f"{path}: the base is quantized ({method or 'quantization_config is set'}); PSOFT "
+            f"{path}: the base is quantized ({method or 'quantization_config is set'}); "
             "adapters are defined on float weights: merge into the unquantized base"
         )
     if fields["model_type"] not in transformers.CONFIG_MAPPING:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from psoft_export.algebra.givens import GivensParameters
+from psoft_export.algebra.parameters import GivensParameters
 from psoft_export.reference.expected import Expected
 
 

@@ -7,7 +7,7 @@ formulas and the products are taken in another order, so that a mistake there sh
 import torch
 from torch import Tensor
 
-from psoft_export.algebra.rotation import CayleyNeumann, RotationParameters
+from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
 from psoft_export.reference.expected import Expected
 
 

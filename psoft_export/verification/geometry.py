@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from psoft_export.algebra.rotation import RotationParameters, rotation_angles
+from psoft_export.algebra.parameters import RotationParameters
+from psoft_export.algebra.rotation import rotation_angles
 from psoft_export.basis.svd import Basis, BasisOptions
 from psoft_export.reference.rotation import reference_rotation
 from psoft_export.verification.figures import GeometryFigures

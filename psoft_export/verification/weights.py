@@ -125,9 +125,8 @@ def geometry_level(modules: Sequence[GeometryFigures], adapter: Adapter) -> Geom
     """The geometry level of an adapter from the figures of its modules; None without any."""
     if not isinstance(adapter, SubspaceAdapter):
         return None
-    held = getattr(torch, adapter.record.svd.dtype) if adapter.record else torch.float32
     exact = adapter.basis_options.solver == "full"
-    found = [text for m in modules for text in geometry.problems(m, held, exact)]
+    found = [text for m in modules for text in geometry.problems(m, adapter.held_dtype, exact)]
     return GeometryLevel(tuple(modules), tuple(found))
 
 
