@@ -35,7 +35,7 @@ class Reading:
         neumann_terms: of a checkpoint of the PSOFT paper's code: how many terms its
             Cayley–Neumann series had, or `exact` for the Cayley transform. None: 5, that code's
             default.
-        givens: of a qGOFT adapter: which code trained it (`changes.givens`). None: `reference`.
+        givens: of a qGOFT adapter: which code trained it (`algebra.parameters`). None: `reference`.
     """
 
     neumann_terms: NeumannTerms | None = None
@@ -71,7 +71,7 @@ class ModuleFacts:
         vector_a: max |vector_a − 1|, 0 where the adapter has none.
         vector_b: max |vector_b − 1|, 0 where the adapter has none.
         form_distance: of qGOFT: how far the product of its transforms is from the other reading
-            of it (`changes.givens.distance_between_forms`), else None.
+            of it (`algebra.givens.distance_between_forms`), else None.
     """
 
     rank: int | None
@@ -204,7 +204,7 @@ class SubspaceAdapter(Adapter):
     Attributes:
         basis_options: what the basis depends on.
         rotations: module path → stored parameters of its rotation.
-        alpha: scaling · r, as the config states it.
+        alpha: scaling · r, a number of the type that the config has.
         bases: module path → A and B, where the adapter's own file holds them.
         basis_dtype: dtype in which that file holds them.
         method_options: see `options`.

@@ -15,10 +15,10 @@ from psoft_export.adapters.files import (
     put_once,
     saved_name,
 )
-from psoft_export.algebra.givens import given_angles
+from psoft_export.algebra.givens import distance_between_forms, given_angles
 from psoft_export.algebra.parameters import GivensForm, GivensParameters
 from psoft_export.basis.svd import Basis
-from psoft_export.changes.givens import GivensTransform, distance_between_forms
+from psoft_export.changes.givens import GivensTransform
 from psoft_export.errors import AdapterError, MismatchError, UsageError
 
 _TENSORS = ("givens_hard", "givens_soft", "givens_scaler")

@@ -7,7 +7,7 @@ multiplied by factors of P, small blocks and what joins their firsts, never by a
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,6 +113,43 @@ def row_mixing(parameters: GivensParameters) -> RowMixing:
     return mixing
 
 
+def distance_between_forms(parameters: GivensParameters) -> float:
+    """‖P_reference − P_paper‖ / √d, Frobenius: 0 where both mean the same, 1.4 where unrelated.
+
+    P of `reference` is within blocks, so outside of them the entries of P of `paper` are all that
+    is left: of a block's first column, times the rest of what joins it.
+    """
+    one, other = (row_mixing(replace(parameters, form=form)) for form in ("reference", "paper"))
+    _, apart, outside = _within_blocks(other)
+    count, size, _ = apart.shape
+    near = torch.eye(size, dtype=torch.float64).repeat(count, 1, 1)
+    width = one.blocks.shape[1]
+    for index in range(size // width):  # blocks of `reference` are smaller
+        blocks = one.blocks[index :: size // width]
+        within = slice(index * width, (index + 1) * width)
+        near[: len(blocks), within, within] = blocks
+    squares = (apart - near).square().sum() + outside.sum()
+    return math.sqrt(float(squares) / parameters.dimension)
+
+
+def _within_blocks(mixing: RowMixing) -> tuple[Tensor, Tensor, Tensor]:
+    """P's diagonal, its entries within blocks, and of each row the sum of squares of the others.
+
+    Of shapes n · b, n × b × b and n · b: d padded to whole blocks.
+    """
+    count, size, _ = mixing.blocks.shape
+    inside, outside = mixing.blocks, torch.zeros(count * size, dtype=torch.float64)
+    if mixing.join is not None:
+        diagonal, entries, beyond = _within_blocks(mixing.join)
+        squares = entries.square()
+        squares.diagonal(dim1=1, dim2=2).zero_()
+        rest = (squares.sum(2).flatten() + beyond)[:count]
+        inside = inside.clone()
+        inside[:, :, 0] *= diagonal[:count, None]
+        outside = (mixing.blocks[:, :, 0].square() * rest[:, None]).flatten()
+    return inside.diagonal(dim1=1, dim2=2).flatten(), inside, outside
+
+
 def _joined(stored: Tensor, remaining: list[Level], dimension: int) -> RowMixing:
     """L₁ᵀ L₂ᵀ … of true pairs: the first levels within blocks, the others between their firsts.
 
@@ -121,7 +158,7 @@ def _joined(stored: Tensor, remaining: list[Level], dimension: int) -> RowMixing
         remaining: levels that are left, their steps counted in inputs that are left.
         dimension: how many inputs are left.
     """
-    size = _BLOCK if dimension > _WHOLE else 2 ** len(remaining)
+    size = _BLOCK if dimension > _WHOLE else max(_NEIGHBOURS, 2 ** len(remaining))
     count = math.ceil(dimension / size)
     blocks = torch.eye(size, dtype=torch.float64).repeat(count, 1, 1)
     within = [level for level in remaining if level.step < size]

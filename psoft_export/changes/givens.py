@@ -1,7 +1,7 @@
 """qGOFT's change: W P, P a product of parallel Givens or quasi-Givens transforms."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,6 @@ from psoft_export.algebra.parameters import GivensParameters
 from psoft_export.changes.change import ChangeFacts, WeightChange
 from psoft_export.reference.expected import Expected
 from psoft_export.reference.givens import expected_rows
-
-_ROWS = 256  # of the identity, at a time
 
 
 @dataclass(frozen=True)
@@ -60,19 +58,6 @@ class GivensTransform(WeightChange):
             return (x if scaler is None else x * scaler, *inputs[1:])
 
         layer.register_forward_pre_hook(transformed)
-
-
-def distance_between_forms(parameters: GivensParameters) -> float:
-    """‖P_reference − P_paper‖ / √d, Frobenius: 0 where both mean the same, 1.4 where unrelated."""
-    mixings = [row_mixing(replace(parameters, form=form)) for form in ("reference", "paper")]
-    dimension, squares = parameters.dimension, 0.0
-    for start in range(0, dimension, _ROWS):
-        count = min(_ROWS, dimension - start)
-        rows = torch.zeros(count, dimension, dtype=torch.float64)
-        rows[torch.arange(count), torch.arange(start, start + count)] = 1
-        one, other = (mixing.apply(rows) for mixing in mixings)
-        squares += float((one - other).square().sum())
-    return math.sqrt(squares / dimension)
 
 
 def _turn_pairs(x: Tensor, step: int, count: int, own: Tensor) -> Tensor:

@@ -45,24 +45,30 @@ def expected_rows(parameters: GivensParameters, weight: Tensor) -> Expected:
                 one.copy_(first)
         return turned.sub_(rows)
 
-    # Each transform at most magnifies by the norm of its absolute values.
-    growth = 1.0
-    start = 0
-    for near, _far in steps:
-        own = transform[start : start + len(near)].abs()
-        start += len(near)
-        growth *= max(1.0, float(torch.linalg.matrix_norm(own, 2).max()))
+    growth = _growth(transform, steps, parameters)
     if scaler is not None:
-        growth *= max(1.0, float(scaler.abs().max()))
-    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
+        growth = growth * max(1.0, float(scaler.abs().max()))
     return Expected(
         delta=delta,
-        reach_left=norms,
-        reach_right=torch.full((parameters.dimension,), 1.0 + growth, dtype=torch.float64).to(
-            norms
-        ),
+        reach_left=torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64),
+        reach_right=1 + growth,
         terms=3 * len(steps) + 2,
     )
+
+
+def _growth(
+    transform: Tensor, steps: list[tuple[range, range]], parameters: GivensParameters
+) -> Tensor:
+    """A bound for each input (d) of how far P's levels, all signs alike, magnify a row's norm."""
+    if parameters.form == "reference":
+        p, q, r, s = _fused(transform, steps, parameters.dimension, absolute=True)
+        return torch.stack([torch.hypot(p, r), torch.hypot(q, s)], dim=1).flatten()
+    bound, start = 1.0, 0
+    for near, _ in steps:
+        own = transform[start : start + len(near)].abs()
+        start += len(near)
+        bound *= max(1.0, float(torch.linalg.matrix_norm(own, 2).max()))
+    return torch.full((parameters.dimension,), bound, dtype=torch.float64, device=transform.device)
 
 
 def _steps(dimension: int) -> list[tuple[range, range]]:
@@ -90,8 +96,13 @@ def _transforms(parameters: GivensParameters) -> Tensor:
     return made
 
 
-def _fused(transform: Tensor, steps: list[tuple[range, range]], dimension: int) -> list[Tensor]:
-    """The four entries of each neighbours' 2 × 2 product, over all levels (`reference`)."""
+def _fused(
+    transform: Tensor, steps: list[tuple[range, range]], dimension: int, *, absolute: bool = False
+) -> list[Tensor]:
+    """The four entries of each neighbours' 2 × 2 product, over all levels (`reference`).
+
+    With `absolute`, of the factors' absolute values.
+    """
     cosine_sine = []
     start = 0
     for near, far in steps:
@@ -109,7 +120,8 @@ def _fused(transform: Tensor, steps: list[tuple[range, range]], dimension: int) 
     ones, zeros = torch.ones_like(cosine_sine[0][0][::2]), torch.zeros_like(cosine_sine[0][0][::2])
     product = [ones, zeros, zeros, ones]  # of a row (left, right): 00, 01, 10, 11
     for cosine, sine in cosine_sine:
-        a, b, c, d = cosine[::2], -sine[::2], sine[1::2], cosine[1::2]
+        factor = [cosine[::2], -sine[::2], sine[1::2], cosine[1::2]]
+        a, b, c, d = [entry.abs() for entry in factor] if absolute else factor
         p, q, r, s = product
         product = [p * a + q * c, p * b + q * d, r * a + s * c, r * b + s * d]
     return product
