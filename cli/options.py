@@ -1,11 +1,9 @@
 """Options that several commands share, each named once."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-
-from psoft_export.errors import UsageError
 
 BaseOption = Annotated[
     str,
@@ -81,22 +79,12 @@ NoCacheOption = Annotated[
 ]
 
 
-def neumann_terms(text: str | None) -> int | Literal["exact"] | None:
-    """What `--neumann-terms` says.
-
-    Raises:
-        UsageError: it is neither a number nor `exact`.
-    """
-    if text is None:
-        return None
-    if text == "exact":
-        return "exact"
+def neumann_terms(text: str | None) -> Any:
+    """What `--neumann-terms` says, a number where it is one; the package refuses the rest."""
     try:
-        return int(text)
+        return int(text) if text is not None else None
     except ValueError:
-        raise UsageError(
-            f"neumann-terms '{text}': a number of at least 0, or exact, is needed"
-        ) from None
+        return text
 
 
 _PUBLISHING = "Publishing"

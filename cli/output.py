@@ -106,9 +106,9 @@ def basis_facts(
     basis: Mapping[str, Any], modules: "Sequence[ModuleReport | LoraModule]"
 ) -> dict[str, str]:
     """Where the bases of a run came from, and what that leaves open."""
-    from psoft_export.manifest import basis_origin
+    from psoft_export.manifest import basis_origin, basis_source
 
-    if basis["record"] is None and basis["solver"] is None and "stored" not in basis:
+    if basis_source(basis) == "none":
         return {}
     known = [m.basis_uncertainty for m in modules if m.basis_uncertainty is not None]
     left_open = f"{max(known):.1e} at most" if len(known) == len(modules) else "not known"

@@ -177,8 +177,7 @@ class Run:
 
     def _merged(self, target: Target) -> _Merged:
         """Merge one target, given its basis, and compare the result with the second evaluation."""
-        tensor = target.tensor
-        found = target.basis
+        tensor, found = target.tensor, target.basis
         assert found is not None
         weight = target.weight.values.to(self._device)
         target = replace(target, weight=replace(target.weight, values=weight))

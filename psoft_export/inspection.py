@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from psoft_export.adapters.adapter import Adapter, NeumannTerms
+from psoft_export.adapters.adapter import Adapter, ModuleFacts, NeumannTerms
 from psoft_export.adapters.kinds import load_adapter
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.merging import plan_merge
@@ -13,24 +13,16 @@ from psoft_export.module_paths import layer_number, module_kind
 from psoft_export.plan import MergePlan
 
 
-@dataclass(frozen=True)
-class LayerSummary:
-    """One module of an adapter.
+@dataclass(frozen=True, kw_only=True)
+class LayerSummary(ModuleFacts):
+    """One module of an adapter, and where it belongs.
 
     Attributes:
         module: module path.
-        rank, angles, orthogonality_error, vector_a, vector_b, form_distance: as of
-            `adapters.adapter.ModuleFacts`.
         tensor: the base tensor it applies to, and `shape` its extents; None without a base.
     """
 
     module: str
-    rank: int | None
-    angles: tuple[float, ...] = ()
-    orthogonality_error: float | None = None
-    vector_a: float = 0.0
-    vector_b: float = 0.0
-    form_distance: float | None = None
     tensor: str | None = None
     shape: tuple[int, ...] | None = None
 
@@ -115,13 +107,8 @@ def _summarise(adapter: Adapter, plan: MergePlan | None) -> AdapterSummary:
         facts, target = adapter.describe(module), targets.get(module)
         layers.append(
             LayerSummary(
-                module,
-                facts.rank,
-                facts.angles,
-                facts.orthogonality_error,
-                facts.vector_a,
-                facts.vector_b,
-                facts.form_distance,
+                **vars(facts),
+                module=module,
                 tensor=target.spec.name if target else None,
                 shape=target.weight_shape if target else None,
             )

@@ -3,7 +3,7 @@
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -78,12 +78,26 @@ def source_record(source: Source, sha256: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def basis_source(basis: Mapping[str, Any]) -> Literal["recorded", "stored", "svd", "none"]:
+    """Whose word says which basis is meant; `basis` as in `psoft_export.json`.
+
+    A record's, the adapter's own file's, nobody's (an SVD was computed), or none is needed.
+    """
+    if basis["record"] is not None:
+        return "recorded"
+    if "stored" in basis:
+        return "stored"
+    return "svd" if basis.get("solver", "") is not None else "none"
+
+
 def basis_origin(basis: Mapping[str, Any]) -> str:
     """Where bases came from, in words; `basis` as in `psoft_export.json`."""
-    record = basis["record"]
-    if record is None and basis["solver"] is None:
-        return f"held by {basis['stored']}" if "stored" in basis else "none needed"
-    if record is None:
+    source, record = basis_source(basis), basis["record"]
+    if source == "none":
+        return "none needed"
+    if source == "stored":
+        return f"held by {basis['stored']}"
+    if source == "svd":
         return f"{basis['solver']} SVD in {basis['dtype']} on {basis['device']}; not recorded"
     found = f"; vectors by {basis['solver']}" if record["kind"] == "signs" else ""
     return f"recorded ({record['kind']}; {record['svd']}){found}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from psoft_export.checkpoint.hub import is_hub_id
+from psoft_export.manifest import basis_source
 
 if TYPE_CHECKING:
     from psoft_export.inspection import AdapterSummary
@@ -233,9 +234,11 @@ def _revision(name: object) -> str | None:
 
 def _basis(manifest: Mapping[str, Any]) -> dict[str, str]:
     basis = manifest["basis"]
-    record, stored = basis["record"], basis.get("stored")
-    if record is None and basis.get("solver", "") is None:
-        return {"basis": f"A and B as the adapter's {_code(stored)} holds them"} if stored else {}
+    record, source = basis["record"], basis_source(basis)
+    if source == "none":
+        return {}
+    if source == "stored":
+        return {"basis": f"A and B as the adapter's {_code(basis['stored'])} holds them"}
     known = [module["basis_uncertainty"] for module in manifest["modules"]]
     if record is None:
         origin = "not recorded; see below"

@@ -26,7 +26,6 @@ from huggingface_hub.hf_api import ModelInfo
 
 from psoft_export.adapters import basis_record
 from psoft_export.adapters.files import CONFIG, SAFETENSORS, adapter_files, named_base
-from psoft_export.adapters.kinds import load_adapter
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.hub import checked_token, hub_problem, is_hub_id, is_valid_id
 from psoft_export.checkpoint.reader import file_sha256, open_checkpoint
@@ -295,13 +294,12 @@ def _written_here(root: Path, files: dict[str, Path]) -> Publication:
 def _psoft_adapter(root: Path, files: dict[str, Path]) -> Publication:
     # Only what belongs to an adapter: a Trainer's folder holds optimizer states and pickles too.
     files = {name: files[name] for name in adapter_files(files)}
-    loaded = load_adapter(root)
-    if not loaded.needs_record:
+    summary = inspect(root)
+    if not summary.needs_record:
         raise UsageError(
-            f"{root}: {loaded.method}: push takes adapters in PEFT's PSOFT format; merge or "
+            f"{root}: {summary.method}: push takes adapters in PEFT's PSOFT format; merge or "
             "convert this one, and push what that writes"
         )
-    summary = inspect(root)
     config = _json(files[CONFIG])
     warnings = _path_warning(config)
     if summary.record is None:

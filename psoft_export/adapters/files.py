@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,15 +224,43 @@ def adapter_name(files: AdapterFiles, pattern: re.Pattern[str]) -> str:
     return next(iter(names), "")
 
 
-def put_once(parts: dict[str, str], part: str, key: str, files: AdapterFiles) -> None:
-    """Note which tensor of a file is a part of a module.
+def sort_tensors(
+    files: AdapterFiles,
+    marker: str,
+    part_of: Callable[[str], str | None],
+    what: str,
+    adapter: str = "",
+) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
+    """Module → part → name in the file, and the tensors of `modules_to_save`.
+
+    Args:
+        files: the file.
+        marker: what stands between a module's path and its part.
+        part_of: the part, given what stands behind the marker; None for what is none.
+        what: the format, in words.
+        adapter: the adapter's name, where the file's keys keep it.
 
     Raises:
-        AdapterError: another is already.
+        AdapterError: a tensor is not part of the format, or a part is there twice.
     """
-    if part in parts:
-        raise AdapterError(f"{files.weights}: holds '{part}' twice, as '{parts[part]}' and '{key}'")
-    parts[part] = key
+    parts: dict[str, dict[str, str]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, name in model_names(files).items():
+        module, found, rest = name.rpartition(marker)
+        if not found:
+            if (kept := saved_name(name, adapter)) is not None:
+                saved[kept] = files.tensors[key]
+            continue
+        part = part_of(rest)
+        if part is None:
+            raise AdapterError(f"{files.weights}: tensor '{key}' is not part of {what}")
+        own = parts.setdefault(module, {})
+        if part in own:
+            raise AdapterError(
+                f"{files.weights}: holds '{part}' twice, as '{own[part]}' and '{key}'"
+            )
+        own[part] = key
+    return parts, saved
 
 
 def listed_targets(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:

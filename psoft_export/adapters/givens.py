@@ -5,17 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from psoft_export.adapters.adapter import Adapter, ModuleFacts, Reading
-from psoft_export.adapters.files import (
-    AdapterFiles,
-    adapter_name,
-    model_names,
-    put_once,
-    saved_name,
-)
-from psoft_export.algebra.givens import distance_between_forms, given_angles
+from psoft_export.adapters.files import AdapterFiles, adapter_name, sort_tensors
+from psoft_export.algebra.givens import distance_between_forms, givens_angles
 from psoft_export.algebra.parameters import GivensForm, GivensParameters
 from psoft_export.basis.svd import Basis
 from psoft_export.changes.givens import GivensTransform
@@ -104,7 +96,7 @@ class GivensAdapter(Adapter):
     def describe(self, module: str) -> ModuleFacts:
         """See `Adapter`."""
         stored = self.parameters[module]
-        angles = given_angles(stored).abs().rad2deg().sort(descending=True).values
+        angles = givens_angles(stored).abs().rad2deg().sort(descending=True).values
         both = stored.dimension % 2 == 0  # the reference code's second version takes no other
         return ModuleFacts(
             None,
@@ -128,7 +120,13 @@ def read(files: AdapterFiles, reading: Reading) -> Adapter:
         AdapterError: a field or tensor cannot be used.
         UsageError: `reading.givens` cannot be what trained it.
     """
-    parts, saved = _sort_tensors(files)
+    named = adapter_name(files, _NAMED)
+
+    def part_of(rest: str) -> str | None:
+        tensor = f"givens_{rest.removesuffix(f'.{named}')}"
+        return tensor if tensor in _TENSORS else None
+
+    parts, saved = sort_tensors(files, ".givens_", part_of, "the qGOFT format", named)
     form: GivensForm = reading.givens or "reference"
     warnings: tuple[str, ...] = ()
     parameters = {module: _parameters(module, p, form, files) for module, p in parts.items()}
@@ -149,24 +147,6 @@ def read(files: AdapterFiles, reading: Reading) -> Adapter:
         parameters=parameters,
         form=form,
     )
-
-
-def _sort_tensors(files: AdapterFiles) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
-    """Module → tensor's own name → name in the file, and the tensors of `modules_to_save`."""
-    parts: dict[str, dict[str, str]] = {}
-    saved: dict[str, Tensor] = {}
-    named = adapter_name(files, _NAMED)
-    for key, name in model_names(files).items():
-        module, mark, rest = name.rpartition(".givens_")
-        if not mark:
-            if (kept := saved_name(name, named)) is not None:
-                saved[kept] = files.tensors[key]
-            continue
-        tensor = f"givens_{rest.removesuffix(f'.{named}')}"
-        if tensor not in _TENSORS:
-            raise AdapterError(f"{files.weights}: tensor '{key}' is not part of the qGOFT format")
-        put_once(parts.setdefault(module, {}), tensor, key, files)
-    return parts, saved
 
 
 def _parameters(

@@ -83,13 +83,13 @@ _NEEDED = {
     "HRA": ("hra_u",),
 }
 _DIMENSIONS = {
-    "lora_A": (2,),
-    "lora_B": (2,),
-    "lora_magnitude_vector": (1,),
-    "oft_R": (2,),
-    "boft_R": (4,),
-    "boft_s": (2,),
-    "hra_u": (2,),
+    "lora_A": 2,
+    "lora_B": 2,
+    "lora_magnitude_vector": 1,
+    "oft_R": 2,
+    "boft_R": 4,
+    "boft_s": 2,
+    "hra_u": 2,
 }
 # With these, what PEFT loads is more than a change of single weights.
 _REFUSED = {
@@ -296,11 +296,10 @@ def _check_parts(module: str, own: Mapping[str, Tensor], files: AdapterFiles) ->
     for key, tensor in own.items():
         found = _PARTS.search(key)
         assert found is not None
-        dimensions = _DIMENSIONS[found[1]]
-        if tensor.ndim not in dimensions:
+        if tensor.ndim != (dimensions := _DIMENSIONS[found[1]]):
             raise AdapterError(
-                f"{files.weights}: tensor '{key}' has {tensor.ndim} dimensions; "
-                f"{' or '.join(map(str, dimensions))} are needed"
+                f"{files.weights}: tensor '{key}' has {tensor.ndim} dimensions; {dimensions} are "
+                "needed"
             )
         parts[found[1]] = tensor
     needed = list(_NEEDED[files.config["peft_type"]])

@@ -18,9 +18,8 @@ from psoft_export.adapters.files import (
     AdapterFiles,
     is_positive,
     listed_targets,
-    model_names,
-    saved_name,
     saved_tensors,
+    sort_tensors,
 )
 from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
 from psoft_export.algebra.rotation import core_rotation, generator_size, peft_terms
@@ -67,7 +66,13 @@ def read(files: AdapterFiles, _: Reading) -> Adapter:
         RecordError: its basis record is damaged, or belongs to another adapter.
     """
     options = _parse_options(files)
-    rotations, saved = _sort_tensors(files, options)
+    parts, saved = sort_tensors(
+        files, MARKER, lambda rest: rest if rest in _PARAMETERS else None, "the PSOFT format"
+    )
+    rotations = {
+        module: _rotation_parameters(module, stored, options, files)
+        for module, stored in parts.items()
+    }
     record = read_record(files.source.folder)
     if record is not None:
         check_fits(record, rotations, options.basis)
@@ -165,30 +170,6 @@ def _method_options(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("psoft_svd") == "lowrank":
         defaults |= _LOWRANK_DEFAULTS
     return {name: config.get(name, default) for name, default in defaults.items()}
-
-
-def _sort_tensors(
-    files: AdapterFiles, options: _Options
-) -> tuple[dict[str, RotationParameters], dict[str, Tensor]]:
-    """Split the file into rotations by module and the tensors of `modules_to_save`."""
-    parts: dict[str, dict[str, str]] = {}
-    saved: dict[str, Tensor] = {}
-    for key, name in model_names(files).items():
-        module, marker, parameter = name.rpartition(MARKER)
-        if not marker:
-            if (kept := saved_name(name)) is not None:
-                saved[kept] = files.tensors[key]
-        elif parameter in _PARAMETERS:
-            parts.setdefault(module, {})[parameter] = key
-        else:
-            raise AdapterError(f"{files.weights}: tensor '{key}' is not part of the PSOFT format")
-    if not parts:
-        raise AdapterError(f"{files.weights}: holds no PSOFT tensor ('….psoft_R.weight')")
-    rotations = {
-        module: _rotation_parameters(module, stored, options, files)
-        for module, stored in parts.items()
-    }
-    return rotations, saved
 
 
 def _rotation_parameters(

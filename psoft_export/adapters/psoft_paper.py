@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from psoft_export.adapters.adapter import Adapter, Reading, SubspaceAdapter
-from psoft_export.adapters.files import (
-    AdapterFiles,
-    adapter_name,
-    model_names,
-    put_once,
-    saved_name,
-)
+from psoft_export.adapters.files import AdapterFiles, adapter_name, sort_tensors
 from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
 from psoft_export.algebra.rotation import generator_size
 from psoft_export.basis.svd import Basis, BasisOptions
@@ -107,22 +101,13 @@ def _form(parameters: RotationParameters) -> tuple[bool, bool, bool]:
 
 def _sort_tensors(files: AdapterFiles) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
     """Module → part → name in the file, and the tensors of `modules_to_save`."""
-    parts: dict[str, dict[str, str]] = {}
-    saved: dict[str, Tensor] = {}
     named = adapter_name(files, _NAMED)
-    for key, name in model_names(files).items():
-        module, mark, rest = name.rpartition(".lora_")
-        if not mark:
-            if (kept := saved_name(name, named)) is not None:
-                saved[kept] = files.tensors[key]
-            continue
+
+    def part_of(rest: str) -> str | None:
         owner, _, parameter = rest.partition(".")
-        plain = f"lora_{owner}.{parameter.removeprefix(f'{named}.')}"
-        if plain not in _NAMES:
-            raise AdapterError(
-                f"{files.weights}: tensor '{key}' is not part of the format of the paper's code"
-            )
-        put_once(parts.setdefault(module, {}), _NAMES[plain], key, files)
+        return _NAMES.get(f"lora_{owner}.{parameter.removeprefix(f'{named}.')}")
+
+    parts, saved = sort_tensors(files, ".lora_", part_of, "the format of the paper's code", named)
     for module, found in parts.items():
         for name, part in (("lora_A", "A"), ("lora_B", "B"), ("lora_orth.a_params", "params")):
             if part not in found:

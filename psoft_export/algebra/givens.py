@@ -44,7 +44,7 @@ def levels(dimension: int) -> Iterator[Level]:
         step *= 2
 
 
-def given_angles(parameters: GivensParameters) -> Tensor:
+def givens_angles(parameters: GivensParameters) -> Tensor:
     """The angles of the strict form in radians, float64, in (−π, π); none of the relaxed one."""
     if parameters.angles is None:
         return torch.empty(0, dtype=torch.float64)
@@ -55,7 +55,7 @@ def transforms(parameters: GivensParameters) -> Tensor:
     """The d − 1 transforms L, 2 × 2, float64: [[cos, −sin], [sin, cos]] in the strict form."""
     if parameters.blocks is not None:
         return parameters.blocks.to("cpu", torch.float64)
-    angles = given_angles(parameters)
+    angles = givens_angles(parameters)
     rows = (
         torch.stack([angles.cos(), -angles.sin()], 1),
         torch.stack([angles.sin(), angles.cos()], 1),

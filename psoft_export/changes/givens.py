@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from psoft_export.algebra.givens import given_angles, levels, row_mixing, transforms
+from psoft_export.algebra.givens import givens_angles, levels, row_mixing, transforms
 from psoft_export.algebra.merged_weight import MergeRows
 from psoft_export.algebra.parameters import GivensParameters
 from psoft_export.changes.change import ChangeFacts, WeightChange
@@ -23,7 +23,7 @@ class GivensTransform(WeightChange):
     @property
     def facts(self) -> ChangeFacts:
         """In the strict form the largest angle of a single rotation."""
-        angles = given_angles(self.parameters)
+        angles = givens_angles(self.parameters)
         return ChangeFacts(
             largest_angle=math.degrees(float(angles.abs().max())) if len(angles) else None
         )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from psoft_export.manifest import basis_source
 from psoft_export.verification.figures import (
     GeometryFigures,
     GeometryLevel,
@@ -22,6 +23,7 @@ _NOT_RECORDED = (
 )
 
 _NOT_ASKED = "It was not asked for."
+_NO_SUBSPACE = "The method rotates no principal subspace."
 
 FiguresT = TypeVar("FiguresT", WeightFigures, GeometryFigures)
 
@@ -101,7 +103,7 @@ def verdict(report: VerificationReport) -> Verdict:
             "The merged checkpoint is not what base and adapter mean: "
             f"{count} problem{'s' if count > 1 else ''} found.",
         )
-    unknown = _NOT_RECORDED if _is_unknown(report.basis) else ""
+    unknown = _NOT_RECORDED if basis_source(report.basis) == "svd" else ""
     checked = " and ".join((", ".join(run[:-1]), run[-1])) if len(run) > 1 else run[0]
     return Verdict(
         "good",
@@ -110,29 +112,18 @@ def verdict(report: VerificationReport) -> Verdict:
     )
 
 
-def _is_unknown(basis: Mapping[str, Any]) -> bool:
-    """Whether the adapter depends on a basis that nobody recorded."""
-    return basis["record"] is None and basis["solver"] is not None
-
-
 def levels(report: VerificationReport) -> tuple[LevelWords, LevelWords, LevelWords]:
     """Weights, geometry and outputs, run or not."""
     outputs = report.outputs
     skipped = outputs.skipped if outputs is not None else None
+    has_subspace = basis_source(report.basis) != "none"
     return (
         _level("weights", report.weights),
-        _level("geometry", report.geometry, _no_geometry(report)),
+        _level("geometry", report.geometry, _NOT_ASKED if has_subspace else _NO_SUBSPACE),
         _level("outputs", outputs)
         if skipped is None
         else LevelWords("outputs", "open", "not run", skipped),
     )
-
-
-def _no_geometry(report: VerificationReport) -> str:
-    basis = report.basis
-    if basis["record"] is None and basis["solver"] is None and "stored" not in basis:
-        return "The method rotates no principal subspace."
-    return _NOT_ASKED
 
 
 def _level(

@@ -88,8 +88,8 @@ def check_weights(
         NonFiniteError: the base holds NaN or infinity.
     """
     with BaseReader(plan) as base, _WrittenTensors(merged) as written, full_precision():
-        check = _Check(plan, base, written, bases, product_unit, progress)
-        check.run(device)
+        check = _Check(plan, base, written, bases, device, product_unit, progress)
+        check.run()
         return CheckedWeights(
             check.weights_level(),
             geometry_level(check.geometry, plan.adapter),
@@ -197,6 +197,7 @@ class _Check:
         base: BaseReader,
         written: _WrittenTensors,
         bases: BasisFinder,
+        device: torch.device,
         product_unit: float,
         progress: ProgressCallback | None,
     ) -> None:
@@ -208,20 +209,20 @@ class _Check:
         self._base = base
         self._written = written
         self._bases = bases
+        self._device = device
         self._product_unit = product_unit
         self._progress = progress
         self._done_bytes = 0
         self._wrong: list[str] = []
 
-    def run(self, device: torch.device) -> None:
+    def run(self) -> None:
         """Compare everything."""
         planned = [t for shard in self._plan.layout.shards for t in shard.tensors]
         names = {tensor.spec.name for tensor in planned}
         for name in sorted(self._written.entries.keys() - names):
             self._wrong.append(f"tensor '{name}' is in neither base nor adapter")
         largest = max(target.spec.nbytes for target in self._plan.targets)
-        self._device = device
-        pipeline = TargetPipeline(self._bases, device, self._examined, largest)
+        pipeline = TargetPipeline(self._bases, self._device, self._examined, largest)
         with closing(self._targets(planned)) as targets, closing(pipeline.run(targets)) as done:
             for target, figures in done:
                 assert figures is not None
