@@ -101,6 +101,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "onnx":
+        return import_module("psoft_export.onnx")
     if name not in _HOMES:
         raise AttributeError(f"module 'psoft_export' has no attribute '{name}'")
     value = getattr(import_module(f"psoft_export.{_HOMES[name]}"), name)
@@ -109,4 +111,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted((*__all__, "onnx"))

@@ -193,7 +193,7 @@ class TargetPipeline(Generic[T]):
         assert tensor.entry is not None
         try:
             yield
-        except torch.linalg.LinAlgError as cause:  # type: ignore[attr-defined]
+        except torch.linalg.LinAlgError as cause:
             raise CheckpointError(
                 f"{tensor.entry.file}: the SVD of '{tensor.entry.name}' does not converge"
             ) from cause

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -15,11 +15,13 @@ from psoft_export.bases import BasisFinder
 from psoft_export.cache import open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.reader import Checkpoint, file_sha256, open_checkpoint
-from psoft_export.checkpoint.source import resolve
+from psoft_export.checkpoint.source import Source, resolve
 from psoft_export.device import choose_device
 from psoft_export.errors import CheckpointError, UsageError
 from psoft_export.manifest import FILENAME, source_record
 from psoft_export.merging import base_files, outputs_warning, plan_merge
+from psoft_export.onnx.folder import COMPONENTS, graph_files, is_graph_folder, read_folder
+from psoft_export.onnx.requirements import require_onnx
 from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.planner import Planner
@@ -27,6 +29,9 @@ from psoft_export.verification.evaluation import DOUBLE
 from psoft_export.verification.figures import VerificationReport
 from psoft_export.verification.text import read_text
 from psoft_export.verification.weights import check_weights
+
+if TYPE_CHECKING:
+    from psoft_export.verification.models import LoadedModel
 
 Level = Literal["weights", "outputs", "all"]
 
@@ -67,6 +72,8 @@ def verify(
 ) -> VerificationReport:
     """Whether a checkpoint is what base and adapter mean, and by how much it is not.
 
+    Also an ONNX export of it, at the outputs level: then the graph is run.
+
     `weights` compares every tensor with an evaluation in float64 that shares no formula with the
     merge, and looks at what the rotations keep. `outputs` runs base and adapter, not merged,
     beside the merged model. Nothing is written.
@@ -74,7 +81,7 @@ def verify(
     Args:
         base: folder or Hub id of the base.
         adapter: folder or Hub id of the adapter.
-        merged: folder or Hub id of the checkpoint to verify.
+        merged: folder or Hub id of the checkpoint, or ONNX export, to verify.
         level: `weights`, `outputs`, or `all` for both.
         text: a UTF-8 text file to run at the outputs level; by default tokens (or pixels) drawn
             at random.
@@ -125,8 +132,15 @@ def verify(
         planner=planner,
     )
     source = resolve(merged, companions.CONFIG, _merged_files, token=token)
-    checkpoint = open_checkpoint(source.folder)
     bases = BasisFinder(plan.adapter, device=on, svd_device=trained_on, cache=store)
+    if is_graph_folder(source.folder):
+        if level == "weights":
+            raise UsageError(
+                f"{source.folder}: is an ONNX export, whose weights no longer have their names; "
+                "pass --level outputs"
+            )
+        return _verify_graph(plan, source, bases, on, path, note or (lambda _: None))
+    checkpoint = open_checkpoint(source.folder)
     origin = _read_manifest(source.folder)
     unit = _product_unit(origin)
     coarse = [_COARSE] if unit != DOUBLE else []
@@ -167,6 +181,64 @@ def verify(
     )
 
 
+def _verify_graph(
+    plan: MergePlan,
+    source: Source,
+    bases: BasisFinder,
+    device: torch.device,
+    text: Path | None,
+    note: Callable[[str], None],
+) -> VerificationReport:
+    """The verdict on an ONNX export, of one merged model or of several tasks."""
+    require_onnx()
+    from psoft_export.onnx.equivalence import check_graph  # loads ONNX Runtime
+    from psoft_export.verification.models import UnmergedLoader, find_changes
+    from psoft_export.verification.outputs import numbers_beside
+
+    folder = read_folder(source.folder)
+    task, problems = folder.task_of(plan.adapter.sha256)
+    note("running the models: bases")
+    changes = find_changes(plan, bases, device)
+    loader = UnmergedLoader(plan)
+
+    def reference(dtype: torch.dtype, on: torch.device) -> LoadedModel:
+        return loader.load(changes, dtype, on)
+
+    levels = check_graph(
+        source.folder,
+        {task: reference},
+        loader,
+        beside=numbers_beside(plan),
+        code=str(folder.manifest["dtype"]),
+        text=text,
+        device=device,
+        note=note,
+        quantized=folder.manifest["quantization"] is not None,
+    )
+    (outputs,) = levels.values()
+    files = {
+        name: file_sha256(source.folder / name, CheckpointError)
+        for name in folder.manifest.get("files", {})
+        if (source.folder / name).is_file()
+    }
+    problems += [
+        f"{FILENAME}: {name} has been changed since it was exported, or is missing"
+        for name, sha256 in folder.manifest.get("files", {}).items()
+        if files.get(name) != sha256
+    ]
+    return VerificationReport(
+        base=source_record(plan.base, _weight_hashes(plan.checkpoint)),
+        adapter=source_record(plan.adapter.source, plan.adapter.sha256),
+        merged=source_record(source, files),
+        method=plan.adapter.method,
+        basis=bases.describe(),
+        weights=None,
+        geometry=None,
+        outputs=replace(outputs, problems=(*problems, *outputs.problems)),
+        warnings=(*plan.warnings, *bases.warnings, *outputs_warning(outputs)),
+    )
+
+
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """`psoft_export.json` of a merged folder; None where another program made it.
 
@@ -198,6 +270,8 @@ def _product_unit(origin: Mapping[str, Any] | None) -> float:
 def _merged_files(names: Iterable[str]) -> list[str]:
     """Of a Hub repository's file names, those to fetch of a merged checkpoint."""
     names = list(names)
+    if COMPONENTS in names:
+        return graph_files(names)
     beside = [name for name in (FILENAME, ADAPTER_CONFIG) if name in names]
     return [*base_files(names), *beside]
 

@@ -147,7 +147,7 @@ def test_bundled_adapters_merged_are_equivalent(name: str, dtype: str, tmp_path:
     assert level.merged.mean <= level.merged.rms <= level.merged.largest
     assert level.merged.divergence is not None and 0 <= level.merged.divergence < 1e-3
     assert level.merged.top1 is not None and level.merged.top1 > 0.97
-    assert level.generation is not None and level.generation.tokens == 96
+    assert level.generation is not None and level.generation.tokens == 128
     if dtype == "fp32":
         assert level.merged.rms < 1e-5 and level.generation.merged == 1
 

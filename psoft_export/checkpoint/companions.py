@@ -36,7 +36,7 @@ _PROCESSOR = {
 _TEMPLATES = {"chat_template.jinja", "chat_template.json"}
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".codes")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_WRITTEN_ANEW = {CONFIG, "psoft_export.json", "adapter_config.json"}
+_WRITTEN_ANEW = {CONFIG, "psoft_export.json", "adapter_config.json", "export.json"}
 _WEIGHT_INDEX = ".index.json"
 _PIPELINE_FOLDER = re.compile(r"\d+_[^/]+/[^/]+")  # of sentence-transformers: 1_Pooling/…
 
@@ -86,6 +86,16 @@ def gather(base: Path, adapter: Path) -> dict[str, Path]:
     files = {name: path for name, path in ours.items() if name not in replaced and path.is_file()}
     files |= {name: path for name, path in theirs.items() if name in replaced}
     return dict(sorted((files | _pipeline_files(base)).items()))
+
+
+def gather_one(folder: Path) -> dict[str, Path]:
+    """As `gather`, of a checkpoint on its own.
+
+    Raises:
+        CheckpointError: `modules.json` names a path outside the folder.
+    """
+    names = companion_names(path.name for path in folder.iterdir() if path.is_file())
+    return dict(sorted(({name: folder / name for name in names} | _pipeline_files(folder)).items()))
 
 
 def brought(adapter: Path) -> dict[str, Path]:

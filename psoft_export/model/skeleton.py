@@ -5,6 +5,7 @@ conversion mapping and base-model prefix, the same functions that `from_pretrain
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ class Skeleton:
         self.parameters = {name for name, _ in self._model.named_parameters()}
         self.tied: dict[str, str] = dict(self._model.all_tied_weights_keys)
         self.prefix = self._model.base_model_prefix
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the model holds; what is tied counts once."""
+        shapes = (shape for name, shape in self.shapes.items() if name not in self.tied)
+        return sum(map(math.prod, shapes))
 
     def tensor_name(self, checkpoint_name: str) -> tuple[str, bool]:
         """The model's name of a checkpoint tensor, and whether loading reshapes or joins it.
@@ -202,15 +209,15 @@ def _candidates(
     recorded = (adapter_config.get("auto_mapping") or {}).get("base_model_class")
     task = _TASK_CLASSES.get(str(adapter_config.get("task_type")))
     classes = [
-        _library_class(recorded),
+        library_class(recorded),
         _mapped_class(task, config),
-        *(_library_class(name) for name in config.architectures or []),
+        *(library_class(name) for name in config.architectures or []),
         _mapped_class(transformers.MODEL_MAPPING, config),
     ]
     return list(dict.fromkeys(c for c in classes if c is not None))
 
 
-def _library_class(name: Any) -> type[PreTrainedModel] | None:
+def library_class(name: Any) -> type[PreTrainedModel] | None:
     """A model class of transformers by name; anything else is not imported."""
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

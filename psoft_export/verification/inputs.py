@@ -5,7 +5,7 @@ Made from the model's class and config alone, the same in every run.
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _LENGTHS = (1, 7, 32, 128)
 _DECODER_LENGTH = 16
 _PROMPTS = 4
 _PROMPT_LENGTH = 16
-_NEW_TOKENS = 24
+_NEW_TOKENS = 32
 _WINDOWS = 8  # of the text, for the task loss
 _IMAGES = 16
 _IMAGE_SIZE = 224  # where the config does not say
@@ -53,11 +53,14 @@ class Batch:
         arguments: by name; floating ones are for the caller to cast to the model's dtype.
         valid: rows × length, true where a position is not padding; None where all are.
         positions: number of positions that are not padding.
+        split: where to give the sequences in two parts, the second with the first one's cache;
+            None: whole.
     """
 
     arguments: Mapping[str, Tensor]
     valid: Tensor | None
     positions: int
+    split: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,17 @@ class Inputs:
     words: str
 
 
-def make_inputs(skeleton: Skeleton, folder: Path, text: Path | None) -> Inputs:
+def make_inputs(
+    skeleton: Skeleton, folder: Path, text: Path | None, *, of_graph: bool = False
+) -> Inputs:
     """The inputs for a model.
 
     Args:
         skeleton: its class and config.
         folder: where the tokenizer is.
         text: a UTF-8 file, of which the first MiB is read, or None.
+        of_graph: also what a graph could have fixed without telling: other batch sizes, and for a
+            causal language model sequences in two parts.
 
     Raises:
         UsageError: the text cannot be read or is too short, or the model cannot read text.
@@ -97,10 +104,10 @@ def make_inputs(skeleton: Skeleton, folder: Path, text: Path | None) -> Inputs:
     if kind == "pixel_values":
         if text is not None:
             raise UsageError(f"{text}: {skeleton.class_name} takes images, not text")
-        return _image_inputs(skeleton.config, generator)
+        return _image_inputs(skeleton.config, generator, of_graph)
     if kind != "input_ids":
         raise CannotRunError(f"{skeleton.class_name} takes '{kind}', neither tokens nor images")
-    return _TokenInputs(skeleton, folder, text, generator).made()
+    return _TokenInputs(skeleton, folder, text, generator, of_graph).made()
 
 
 def tokenizer_folder(plan: MergePlan) -> Path:
@@ -128,22 +135,30 @@ def decoder_start_token(config: Any) -> int:
     return pad_token(config) if found is None else int(found)
 
 
-def _image_inputs(config: Any, generator: torch.Generator) -> Inputs:
+def _image_inputs(config: Any, generator: torch.Generator, of_graph: bool) -> Inputs:
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None) or _IMAGE_SIZE
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = getattr(vision, "num_channels", None) or 3
     pixels = torch.randn(_IMAGES, channels, height, width, generator=generator)
     words = f"{_IMAGES} images of {height} × {width} random pixels"
-    return Inputs((Batch({"pixel_values": pixels}, None, _IMAGES),), None, 0, None, words)
+    parts = [pixels[:1], pixels[1:]] if of_graph else [pixels]
+    batches = tuple(Batch({"pixel_values": part}, None, len(part)) for part in parts)
+    return Inputs(batches, None, 0, None, words)
 
 
 class _TokenInputs:
     """Makes the inputs of one model that reads tokens."""
 
     def __init__(
-        self, skeleton: Skeleton, folder: Path, text: Path | None, generator: torch.Generator
+        self,
+        skeleton: Skeleton,
+        folder: Path,
+        text: Path | None,
+        generator: torch.Generator,
+        of_graph: bool,
     ) -> None:
+        self._of_graph = of_graph
         self._config = skeleton.config
         self._generates = skeleton.model_class.can_generate()
         self._is_seq2seq = bool(getattr(self._config, "is_encoder_decoder", False))
@@ -175,7 +190,10 @@ class _TokenInputs:
         longest = self._lengths[-1]
         whole = [self._drawn(_ROWS, length) for length in self._lengths]
         batches = [self._batch(ids, None) for ids in whole]
-        batches.append(self._padded([ids[i] for ids in whole for i in range(_ROWS // len(whole))]))
+        padded = [ids[i] for ids in whole for i in range(_ROWS // len(whole))]
+        batches.append(self._padded(padded))
+        if self._of_graph:
+            batches += self._of_other_sizes(whole[-1], padded)
         prompts = windows = None
         new_tokens = 0
         if self._generates and longest > 1:
@@ -186,12 +204,26 @@ class _TokenInputs:
                 windows = self._drawn(min(_WINDOWS, len(self._text) // longest), longest)
         return Inputs(tuple(batches), prompts, new_tokens, windows, self._words())
 
+    def _of_other_sizes(self, longest: Tensor, padded: list[Tensor]) -> list[Batch]:
+        """Batches of one and of three rows; of a causal language model in two parts."""
+        batches = [self._batch(longest[:1], None), self._padded(padded[1:])]
+        if not self._generates or self._is_seq2seq or longest.shape[1] < 4:
+            return batches
+        # With a mask: what is given in two parts needs one that spans both.
+        one = self._padded([longest[0]])
+        return [
+            replace(batch, split=split)
+            for batch, split in ((one, 1), (batches[1], longest.shape[1] // 2), (one, -1))
+        ]
+
     def _words(self) -> str:
         *first, last = map(str, self._lengths)
         lengths = f"{', '.join(first)} and {last}" if first else last
         return (
             f"{self._kind}: {_ROWS} sequences each of {lengths} tokens without padding, and one "
             f"batch of these lengths padded on the {'left' if self._pads_left else 'right'}"
+            + ("; batches of one and three rows" if self._of_graph else "")
+            + (", in two parts with the cache" if self._of_graph and self._pads_left else "")
         )
 
     @property

@@ -5,7 +5,6 @@ further adapter in a folder. Unmerged means that each layer computes with W and 
 it, as its formula stands; no merged weight is formed.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from psoft_export.pipeline import Target, TargetPipeline
 from psoft_export.plan import MergePlan
 from psoft_export.verification.inputs import pad_token
 from psoft_export.weights import BaseReader
+
+EAGER = "eager"  # the implementation of attention that every model class has
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,15 @@ class UnmergedLoader:
     @property
     def numbers(self) -> int:
         """How many numbers the model holds, what stands beside its layers apart."""
-        skeleton = self.skeleton
-        shapes = (shape for name, shape in skeleton.shapes.items() if name not in skeleton.tied)
-        return sum(map(math.prod, shapes))
+        return self.skeleton.numbers
 
     def load(
-        self, changes: Mapping[str, WeightChange], dtype: torch.dtype, device: torch.device
+        self,
+        changes: Mapping[str, WeightChange],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        attention: str | None = EAGER,
     ) -> LoadedModel:
         """The model in one dtype.
 
@@ -112,6 +116,7 @@ class UnmergedLoader:
             changes: as `find_changes` gives them.
             dtype: of all parameters and of what stands beside them.
             device: to run on.
+            attention: the implementation, by transformers' name; None for the class's own choice.
 
         Raises:
             CheckpointError: transformers cannot load the base.
@@ -123,7 +128,7 @@ class UnmergedLoader:
             tensors[name if reshaped else in_model] = tensor
         tensors |= {skeleton.tensor_name(name)[0]: tensor for name, tensor in saved.items()}
         folder = self._plan.base.folder
-        loaded = _load(skeleton.model_class, skeleton.config, tensors, dtype, folder)
+        loaded = _load(skeleton.model_class, skeleton.config, tensors, dtype, folder, attention)
         loaded.model.to(device)
         for module, change in changes.items():
             change.stand_beside(loaded.model, skeleton.module_path(module), dtype)
@@ -165,6 +170,44 @@ class MergedLoader:
         return loaded
 
 
+class PlainLoader:
+    """Loads a checkpoint on its own, in a class of transformers.
+
+    Attributes:
+        skeleton: the model class with the checkpoint's config.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+        """Keep what to load; reads no tensors."""
+        self._checkpoint = checkpoint
+        self.skeleton = skeleton
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the model holds."""
+        return self.skeleton.numbers
+
+    def load(
+        self, dtype: torch.dtype, device: torch.device, *, attention: str | None = EAGER
+    ) -> LoadedModel:
+        """The model in one dtype.
+
+        Args:
+            dtype: of all parameters.
+            device: to run on.
+            attention: the implementation, by transformers' name; None for the class's own choice.
+
+        Raises:
+            CheckpointError: transformers cannot load it.
+        """
+        skeleton, folder = self.skeleton, self._checkpoint.folder
+        tensors = _read(self._checkpoint)
+        model_class, config = skeleton.model_class, skeleton.config
+        loaded = _load(model_class, config, tensors, dtype, folder, attention)
+        loaded.model.to(device)
+        return loaded
+
+
 def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, memory-mapped."""
     tensors: dict[str, Tensor] = {}
@@ -182,19 +225,20 @@ def _load(
     tensors: dict[str, Tensor],
     dtype: torch.dtype,
     folder: Path,
+    attention: str | None = EAGER,
 ) -> LoadedModel:
     """A model from tensors, on the CPU; `folder` is what errors name."""
     text = config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = pad_token(config)  # classifiers on decoders refuse batches without
     try:
-        with _quiet():
+        with quiet():
             model, info = model_class.from_pretrained(
                 None,
                 config=config,
                 state_dict=tensors,
                 dtype=dtype,
-                attn_implementation="eager",  # the one that every model class has
+                attn_implementation=attention,
                 output_loading_info=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -214,7 +258,7 @@ def _load(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Transformers without its progress bars and loading reports."""
     logging: Any = transformers.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -5,7 +5,7 @@ time. Which inputs, `inputs` says; how models are made, `models`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from psoft_export.bases import BasisFinder
-from psoft_export.changes.change import WeightChange
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 from psoft_export.checkpoint.reader import Checkpoint, open_checkpoint
 from psoft_export.device import full_precision
@@ -38,6 +37,7 @@ from psoft_export.verification.inputs import (
 from psoft_export.verification.models import (
     LoadedModel,
     MergedLoader,
+    PlainLoader,
     UnmergedLoader,
     find_changes,
 )
@@ -50,6 +50,38 @@ _GIB = 2**30
 _COARSENESS = {code: torch.finfo(TORCH_DTYPES[code]).eps for code in ("F32", "F16", "BF16")}
 
 Note = Callable[[str], None]
+Load = Callable[[torch.dtype, torch.device], LoadedModel]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What the models that are compared are called in problems and notes.
+
+    Attributes:
+        checked: the model whose outputs are checked.
+        reference: what it is checked against, in its own dtype.
+        truth: the same in a finer dtype.
+    """
+
+    checked: str = "the merged model"
+    reference: str = "base and adapter unmerged"
+    truth: str = "base and adapter"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What makes outputs unfit.
+
+    Attributes:
+        factor: the root mean square of the differences from the truth may be this many times
+            that of the reference.
+        spread: or this share of the standard deviation of the truth's outputs, if that is more.
+        tokens: whether greedy generation must follow the truth, near ties apart.
+    """
+
+    factor: float
+    spread: float = 0.0
+    tokens: bool = False
 
 
 def check_outputs(
@@ -97,14 +129,48 @@ def check_outputs(
         PsoftExportError: as of `bases.find`.
     """
     checkpoint = open_checkpoint(merged)
-    return _Check(plan, checkpoint, device, note or (lambda _: None)).level(bases, text)
+    tell = note or (lambda _: None)
+    unmerged = UnmergedLoader(plan)
+    merged_loader = MergedLoader(checkpoint, unmerged.skeleton)
+    code = _dtype_of(plan, checkpoint)
+    check = OutputsCheck(code, device, Wording(), Verdict(FACTOR), tell)
+    try:
+        inputs = make_inputs(unmerged.skeleton, tokenizer_folder(plan), text)
+        check.check_memory(unmerged, inputs, numbers_beside(plan))
+        tell("running the models: bases")
+        changes = find_changes(plan, bases, device)
+    except CannotRunError as reason:
+        return check.not_run(str(reason))
+    except torch.OutOfMemoryError:
+        return check.not_run(f"too little memory on {device}")
+
+    def reference(dtype: torch.dtype, on: torch.device) -> LoadedModel:
+        return unmerged.load(changes, dtype, on)
+
+    return check.level(inputs, reference, merged_loader.load)
+
+
+def numbers_beside(plan: MergePlan) -> int:
+    """How many numbers stand beside the layers of a plan's base, its adapter not merged."""
+    return sum(
+        plan.adapter.numbers_beside(target.module, target.weight_shape)
+        for target in plan.targets
+        if target.module is not None
+    )
 
 
 @dataclass
 class _Observed:
-    """What one model did, apart from its outputs, which are consumed as they come."""
+    """What one model did, apart from its outputs, which are consumed as they come.
+
+    Attributes:
+        tokens: prompts × tokens that greedy generation added.
+        margins: the same shape: by how much the best logit leads the second.
+        loss: the task loss.
+    """
 
     tokens: Tensor | None = None
+    margins: Tensor | None = None
     loss: float | None = None
 
 
@@ -122,78 +188,92 @@ class _Truth:
     are_logits: bool = False
     outputs: list[Tensor] = field(default_factory=list)
 
+    def spread(self) -> float:
+        """Standard deviation of all outputs."""
+        return float(torch.cat([part.flatten() for part in self.outputs]).double().std())
 
-class _Check:
-    """One run of the level."""
+
+class OutputsCheck:
+    """One run of the level: a truth, a reference and the model that is checked."""
 
     def __init__(
-        self, plan: MergePlan, checkpoint: Checkpoint, device: torch.device, note: Note
+        self, code: str, device: torch.device, wording: Wording, verdict: Verdict, note: Note
     ) -> None:
-        self._plan = plan
-        self._checkpoint = checkpoint
+        """Prepare to compare.
+
+        Args:
+            code: dtype code of the model that is checked.
+            device: where the models run.
+            wording: what they are called.
+            verdict: what makes outputs unfit.
+            note: told in a few words of each step.
+        """
         self._device = device
         self._note = note
-        self._code = _dtype_of(plan, checkpoint)
-        self._truth_code = "F64" if self._code == "F32" else "F32"
+        self._wording = wording
+        self._rule = verdict
+        self._code = code
+        self._truth_code = "F64" if code == "F32" else "F32"
         self._inputs: Inputs
         self._truth = _Truth()
         self._thinned = False
 
-    def level(self, bases: BasisFinder, text: Path | None) -> OutputsLevel:
-        """Everything that the level says."""
-        unmerged_loader = UnmergedLoader(self._plan)
-        merged_loader = MergedLoader(self._checkpoint, unmerged_loader.skeleton)
-        try:
-            self._inputs = make_inputs(unmerged_loader.skeleton, tokenizer_folder(self._plan), text)
-            self._check_memory(unmerged_loader)
-            self._note("running the models: bases")
-            changes = find_changes(self._plan, bases, self._device)
-            with full_precision():
-                return self._compared(unmerged_loader, merged_loader, changes)
-        except CannotRunError as reason:
-            return self._not_run(str(reason))
-        except torch.OutOfMemoryError:
-            return self._not_run(f"too little memory on {self._device}")
+    def level(self, inputs: Inputs, reference: Load, checked: Load) -> OutputsLevel:
+        """Run everything and compare.
 
-    def _compared(
-        self,
-        unmerged_loader: UnmergedLoader,
-        merged_loader: MergedLoader,
-        changes: Mapping[str, WeightChange],
-    ) -> OutputsLevel:
+        Args:
+            inputs: what the models are run on.
+            reference: loads the reference in a dtype; the truth too.
+            checked: loads the model that is checked.
+
+        Raises:
+            CheckpointError: the reference cannot be loaded.
+        """
+        self._inputs = inputs
+        try:
+            with full_precision():
+                return self._compared(reference, checked)
+        except CannotRunError as reason:
+            return self.not_run(str(reason))
+        except torch.OutOfMemoryError:
+            return self.not_run(f"too little memory on {self._device}")
+
+    def _compared(self, reference: Load, checked: Load) -> OutputsLevel:
         truth_dtype, dtype = TORCH_DTYPES[self._truth_code], TORCH_DTYPES[self._code]
-        self._note(f"running the models: base and adapter in {self._truth_code}, the truth")
-        model = unmerged_loader.load(changes, truth_dtype, self._device)
-        unknown = model.missing
+        words = self._wording
+        self._note(f"running the models: {words.truth} in {self._truth_code}, the truth")
+        loaded = reference(truth_dtype, self._device)
+        unknown = loaded.missing
         if unknown:  # then there are no logits, and nothing that follows from them
             self._inputs = replace(self._inputs, prompts=None, windows=None)
-        truth = self._observe(model, unknown, self._keep)
-        del model
+        truth = self._observe(loaded, unknown, self._keep)
+        del loaded
         release_freed_memory()
 
-        self._note(f"running the models: base and adapter in {self._code}")
+        self._note(f"running the models: {words.truth} in {self._code}")
         unmerged_sum = DistanceSum(self._truth.are_logits)
-        model = unmerged_loader.load(changes, dtype, self._device)
-        unmerged = self._observe(model, unknown, self._adding_to(unmerged_sum))
-        del model
+        loaded = reference(dtype, self._device)
+        unmerged = self._observe(loaded, unknown, self._adding_to(unmerged_sum))
+        del loaded
         release_freed_memory()
 
-        self._note(f"running the models: the merged one in {self._code}")
+        self._note(f"running the models: {words.checked} in {self._code}")
         merged_sum = DistanceSum(self._truth.are_logits)
         problems = []
         merged = _Observed()
         try:
-            model = merged_loader.load(dtype, self._device)
-            if lacking := sorted(model.missing - unknown):
+            loaded = checked(dtype, self._device)
+            if lacking := sorted(loaded.missing - unknown):
                 problems.append(_lacks(lacking))
-            merged = self._observe(model, unknown, self._adding_to(merged_sum))
-            del model
+            merged = self._observe(loaded, unknown, self._adding_to(merged_sum))
+            del loaded
         except (CheckpointError, CannotRunError, torch.OutOfMemoryError) as cause:
-            # The others ran, so this is the merged model's own.
+            # The others ran, so this is the checked model's own.
             merged_sum = DistanceSum(self._truth.are_logits)
-            problems.append(f"outputs: the merged model cannot be run: {first_line(cause)}")
+            problems.append(f"outputs: {words.checked} cannot be run: {first_line(cause)}")
         else:
             problems += self._verdict(merged_sum, unmerged_sum)
+            problems += self._tokens_astray(truth, merged, unmerged_sum)
         return OutputsLevel(
             inputs=self._words(unknown),
             output=self._truth.output,
@@ -202,7 +282,7 @@ class _Check:
             positions=sum(len(outputs) for outputs in self._truth.outputs),
             merged=merged_sum.result(),
             unmerged=unmerged_sum.result(),
-            factor=FACTOR,
+            factor=self._rule.factor,
             generation=_generation(truth, unmerged, merged),
             losses=_losses(truth, unmerged, merged),
             skipped=None,
@@ -210,33 +290,74 @@ class _Check:
         )
 
     def _verdict(self, merged_sum: DistanceSum, unmerged_sum: DistanceSum) -> list[str]:
+        words = self._wording
         if merged_sum.not_finite:
             total = merged_sum.not_finite + merged_sum.positions
             others = unmerged_sum.not_finite
             return [
-                f"outputs: the merged model gives NaN or infinity in {self._code} at "
-                f"{merged_sum.not_finite} of {total} positions, base and adapter unmerged at "
+                f"outputs: {words.checked} gives NaN or infinity in {self._code} at "
+                f"{merged_sum.not_finite} of {total} positions, {words.reference} at "
                 f"{others}" + ("; write a wider dtype" if others else "")
             ]
         merged, unmerged = merged_sum.result(), unmerged_sum.result()
         assert merged is not None
         if unmerged is None:
             return [
-                f"outputs: base and adapter unmerged give NaN or infinity in {self._code} at "
-                "every position, so nothing says how far the merged model may be; write a wider "
+                f"outputs: {words.reference} give NaN or infinity in {self._code} at "
+                f"every position, so nothing says how far {words.checked} may be; write a wider "
                 "dtype"
             ]
-        return [self._too_far(merged, unmerged)] if merged.rms > FACTOR * unmerged.rms else []
+        allowed = self._rule.factor * unmerged.rms
+        if (spread := self._rule.spread * self._truth.spread()) > allowed:
+            return [self._beyond_spread(merged.rms, spread)] if merged.rms > spread else []
+        return [self._too_far(merged, unmerged)] if merged.rms > allowed else []
 
     def _too_far(self, merged: OutputDistance, unmerged: OutputDistance) -> str:
         allowed = unmerged.rms
         times = f"{merged.rms / allowed:.3g} times" if allowed else "beyond any multiple of"
-        name = "logit" if self._truth.are_logits else "output"
+        words = self._wording
         return (
-            f"outputs: the merged model is {merged.rms:.3g} from the {self._truth_code} truth "
-            f"(root mean square of Δ{name}), {times} the {allowed:.3g} of base and adapter "
-            f"unmerged in {self._code}; at most {FACTOR:g} times is rounding"
+            f"outputs: {words.checked} is {merged.rms:.3g} from the {self._truth_code} truth "
+            f"(root mean square of Δ{self._unit}), {times} the {allowed:.3g} of "
+            f"{words.reference} in {self._code}; at most {self._rule.factor:g} times is rounding"
         )
+
+    def _beyond_spread(self, distance: float, allowed: float) -> str:
+        return (
+            f"outputs: {self._wording.checked} is {distance:.3g} from the {self._truth_code} truth "
+            f"(root mean square of Δ{self._unit}); at most {allowed:.3g}, {self._rule.spread:g} "
+            "of the spread of the truth's outputs, is called the same model"
+        )
+
+    @property
+    def _unit(self) -> str:
+        return "logit" if self._truth.are_logits else "output"
+
+    def _tokens_astray(
+        self, truth: _Observed, checked: _Observed, reference: DistanceSum
+    ) -> list[str]:
+        """Where greedy generation leaves the truth though its best token was no near tie.
+
+        Two tokens are nearly tied where rounding could change their order: their logits are
+        nearer than twice what the verdict allows, by the reference's largest difference.
+        """
+        found = reference.result()
+        if not self._rule.tokens or found is None or self._rule.spread:
+            return []
+        if truth.tokens is None or checked.tokens is None or truth.margins is None:
+            return []
+        near = 2 * self._rule.factor * found.largest
+        for row, same in enumerate(truth.tokens == checked.tokens):
+            if same.all():
+                continue
+            step = int((~same).long().argmax())
+            if (margin := float(truth.margins[row, step])) > near:
+                return [
+                    f"outputs: greedy generation of {self._wording.checked} leaves the truth's at "
+                    f"token {step + 1} of prompt {row + 1}, where the best token leads by "
+                    f"{margin:.3g} (less than {near:.3g} would be a near tie)"
+                ]
+        return []
 
     def _observe(
         self,
@@ -254,7 +375,8 @@ class _Check:
         try:
             with torch.no_grad(), _all_in(model.dtype):
                 for index, batch in enumerate(inputs.batches):
-                    name, outputs = _outputs(model, self._arguments(batch, model), bool(unknown))
+                    arguments = self._arguments(batch, model)
+                    name, outputs = _outputs(model, arguments, batch.split, bool(unknown))
                     if not self._truth.output:
                         self._truth.output = name
                         # One output is no distribution, and an image of outputs not one each.
@@ -263,7 +385,7 @@ class _Check:
                         )
                     consume(index, self._kept(outputs, batch))
                 if inputs.prompts is not None:
-                    observed.tokens = self._generated(model, inputs.prompts)
+                    observed.tokens, observed.margins = self._generated(model, inputs.prompts)
                 if inputs.windows is not None:
                     observed.loss = self._loss(model, inputs.windows)
         except (CannotRunError, CheckpointError, torch.OutOfMemoryError):
@@ -301,7 +423,7 @@ class _Check:
     def _keep(self, _: int, outputs: Tensor) -> None:
         if not outputs.isfinite().all():
             raise CannotRunError(
-                f"base and adapter give NaN or infinity in {self._truth_code} themselves"
+                f"{self._wording.truth} give NaN or infinity in {self._truth_code} themselves"
             )
         self._truth.outputs.append(outputs.cpu())
 
@@ -316,8 +438,11 @@ class _Check:
 
         return add
 
-    def _generated(self, model: Any, prompts: Tensor) -> Tensor:
-        """The tokens that greedy generation adds to each prompt; none of them ends it."""
+    def _generated(self, model: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that greedy generation adds to each prompt, and their margins.
+
+        None of them ends it.
+        """
         count = self._inputs.new_tokens
         config = model.config.get_text_config(decoder=True)
         # In place of the checkpoint's own: penalties and sampling are no part of the weights.
@@ -332,8 +457,14 @@ class _Check:
             decoder_start_token_id=decoder_start_token(model.config),
         )
         ids = prompts.to(self._device)
-        tokens: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
-        return tokens[:, -count:].cpu()
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        best = torch.stack(found.logits, dim=1).topk(2).values
+        return found.sequences[:, -count:].cpu(), (best[..., 0] - best[..., 1]).cpu()
 
     def _loss(self, model: Any, windows: Tensor) -> float:
         """Mean loss of a token given those before it in its window, in nats."""
@@ -343,20 +474,21 @@ class _Check:
             total += cross_entropy(model(input_ids=ids).logits, ids)
         return total / windows[:, 1:].numel()
 
-    def _check_memory(self, loader: UnmergedLoader) -> None:
+    def check_memory(
+        self, loader: UnmergedLoader | PlainLoader, inputs: Inputs, beside: int
+    ) -> None:
         """Check that the largest model, the truth's, fits.
+
+        Args:
+            loader: of the reference.
+            inputs: what the models are run on.
+            beside: how many numbers stand beside its layers.
 
         Raises:
             CannotRunError: it does not; says what it needs.
         """
         itemsize = TORCH_DTYPES[self._truth_code].itemsize
-        plan = self._plan
-        beside = sum(
-            plan.adapter.numbers_beside(t.module, t.weight_shape)
-            for t in plan.targets
-            if t.module is not None
-        )
-        config, batches = loader.skeleton.config.get_text_config(), self._inputs.batches
+        config, batches = loader.skeleton.config.get_text_config(), inputs.batches
         outputs = [batch.positions * int(getattr(config, "vocab_size", 1)) for batch in batches]
         weights = itemsize * loader.numbers
         running = itemsize * (beside + 2 * max(outputs))
@@ -369,8 +501,9 @@ class _Check:
         for device, needed in needs.items():
             if needed > (available := available_bytes(device)):
                 raise CannotRunError(
-                    f"base and adapter in {self._truth_code} need about {needed / _GIB:.2g} GiB "
-                    f"on {device}, where {available / _GIB:.2g} GiB are free"
+                    f"{self._wording.truth} in {self._truth_code} need about "
+                    f"{needed / _GIB:.2g} GiB on {device}, where "
+                    f"{available / _GIB:.2g} GiB are free"
                 )
 
     def _words(self, unknown: frozenset[str]) -> str:
@@ -384,7 +517,8 @@ class _Check:
             )
         return words
 
-    def _not_run(self, reason: str) -> OutputsLevel:
+    def not_run(self, reason: str) -> OutputsLevel:
+        """The level, not run."""
         return OutputsLevel(
             inputs="",
             output="",
@@ -393,7 +527,7 @@ class _Check:
             positions=0,
             merged=None,
             unmerged=None,
-            factor=FACTOR,
+            factor=self._rule.factor,
             generation=None,
             losses=None,
             skipped=reason,
@@ -414,8 +548,12 @@ def _dtype_of(plan: MergePlan, checkpoint: Checkpoint) -> str:
     return max(found, key=lambda code: _COARSENESS[code])
 
 
-def _outputs(model: Any, arguments: dict[str, Tensor], before_head: bool) -> tuple[str, Tensor]:
+def _outputs(
+    model: Any, arguments: dict[str, Tensor], split: int | None, before_head: bool
+) -> tuple[str, Tensor]:
     """What a model gives that is compared: its name, and rows × … × outputs."""
+    if split is not None:
+        return "logits", _outputs_in_two(model, arguments, split)
     if before_head:
         result = model.base_model(**arguments)
         if "last_hidden_state" not in result:
@@ -433,6 +571,19 @@ def _outputs(model: Any, arguments: dict[str, Tensor], before_head: bool) -> tup
     if "last_hidden_state" in result:
         return "last_hidden_state", result["last_hidden_state"]
     raise CannotRunError(f"{type(model).__name__} gives neither logits nor a last hidden state")
+
+
+def _outputs_in_two(model: Any, arguments: dict[str, Tensor], split: int) -> Tensor:
+    """The logits of a sequence given in two parts, the second with the first one's cache."""
+    mask = arguments["attention_mask"]
+    positions = {n: v for n, v in arguments.items() if n in ("input_ids", "position_ids")}
+    head = {n: v[:, :split] for n, v in positions.items()}
+    tail = {n: v[:, split:] for n, v in positions.items()}
+    first = model(**head, attention_mask=mask[:, :split], use_cache=True)
+    second = model(
+        **tail, attention_mask=mask, past_key_values=first.past_key_values, use_cache=True
+    )
+    return torch.cat([first.logits, second.logits], dim=1)
 
 
 def _lacks(names: list[str]) -> str:

@@ -1,0 +1,123 @@
+"""Whether a graph computes what the PyTorch model does: the outputs level, for graphs.
+
+The vocabulary and the figures are those of `verification.outputs`. The truth is PyTorch in a
+finer dtype, the yardstick PyTorch in the graph's own.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from psoft_export.errors import UnsupportedError
+from psoft_export.onnx.runtime import OnnxModel, load, load_in_float32
+from psoft_export.verification.figures import OutputsLevel
+from psoft_export.verification.inputs import CannotRunError, make_inputs
+from psoft_export.verification.models import LoadedModel, PlainLoader, UnmergedLoader
+from psoft_export.verification.outputs import Load, OutputsCheck, Verdict, Wording
+
+FACTOR = 4.0
+QUANTIZED_SPREAD = 0.5
+
+
+def check_graph(
+    folder: Path,
+    references: Mapping[str | None, Load],
+    loader: PlainLoader | UnmergedLoader,
+    *,
+    beside: int,
+    code: str,
+    text: Path | None,
+    device: torch.device,
+    note: Callable[[str], None],
+    quantized: bool = False,
+    max_loss_increase: float | None = None,
+) -> dict[str, OutputsLevel]:
+    """Run a folder's graph beside the models that it should be, one task after another.
+
+    Args:
+        folder: the export, on disk.
+        references: task (None: no task) → what the graph should compute then, in PyTorch.
+        loader: of the model without tasks.
+        beside: how many numbers stand beside its layers in a reference.
+        code: dtype code of the graph.
+        text: as of `make_inputs`.
+        device: where the models run; the graph on CUDA where ONNX Runtime has it there.
+        note: told in a few words of each step.
+        quantized: the graph's weights are of fewer bits: it must be the same model, not equal.
+        max_loss_increase: then the task loss may grow by at most that, in nats per token.
+
+    Returns:
+        The level by task; `""` is the model without one.
+    """
+    in_float32 = code == "BF16" and not _runs_bfloat16(folder, device)
+    if in_float32:
+        note("ONNX Runtime has no bfloat16 here: the graph is checked in float32")
+
+    def opened(task: str | None) -> OnnxModel:
+        where = "cuda" if device.type == "cuda" and _has_cuda() else "cpu"
+        model = load_in_float32(folder) if in_float32 else load(folder, device=where)
+        return model.in_task(task)
+
+    rule = Verdict(FACTOR, tokens=True)
+    if quantized:
+        rule = Verdict(FACTOR, spread=QUANTIZED_SPREAD)
+    levels = {}
+    for task, reference in references.items():
+        of_task = f" of '{task}'" if task is not None else ""
+        wording = Wording(
+            checked="the ONNX graph" + of_task,
+            reference="PyTorch" + of_task,
+            truth="PyTorch" + of_task,
+        )
+        check = OutputsCheck(code, device, wording, rule, note)
+
+        def checked(_: torch.dtype, __: torch.device, task: str | None = task) -> LoadedModel:
+            try:
+                return LoadedModel(opened(task), frozenset())
+            except UnsupportedError as cause:
+                raise CannotRunError(str(cause)) from cause
+
+        try:
+            inputs = make_inputs(loader.skeleton, folder, text, of_graph=True)
+            check.check_memory(loader, inputs, beside)
+        except CannotRunError as reason:
+            levels[task or ""] = check.not_run(str(reason))
+            continue
+        level = check.level(inputs, reference, checked)
+        if in_float32 and level.skipped is None:
+            words = f"{level.inputs}; the graph in float32, for want of bfloat16"
+            level = replace(level, inputs=words)
+        if max_loss_increase is not None:
+            level = _bounded(level, max_loss_increase)
+        levels[task or ""] = level
+    return levels
+
+
+def _bounded(level: OutputsLevel, allowed: float) -> OutputsLevel:
+    """The level, unfit where the loss grew by more than is allowed."""
+    if level.losses is None:
+        return level
+    grown = level.losses["merged"] - level.losses["truth"]
+    if grown <= allowed:
+        return level
+    problem = f"outputs: the loss grows by {grown:.3g} nats per token; {allowed:g} are allowed"
+    return replace(level, problems=(*level.problems, problem))
+
+
+def _has_cuda() -> bool:
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def _runs_bfloat16(folder: Path, device: torch.device) -> bool:
+    """Whether ONNX Runtime runs the folder's graphs as they are."""
+    if device.type != "cuda" or not _has_cuda():
+        return False  # its CPU provider has almost no operator for it
+    try:
+        load(folder, device="cuda")
+    except UnsupportedError:
+        return False
+    return True

@@ -1,0 +1,560 @@
+"""Exporting to ONNX, from references to a complete folder that is proven equal."""
+
+import importlib.metadata
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import onnx_ir
+import torch
+import transformers
+from transformers.exporters import ExportedComponent, ExportedModel
+
+from psoft_export.adapters.adapter import NeumannTerms
+from psoft_export.algebra.parameters import GivensForm
+from psoft_export.bases import BasisFinder
+from psoft_export.cache import BasisCache, open_cache
+from psoft_export.checkpoint import companions
+from psoft_export.checkpoint.dtypes import TORCH_DTYPES, parse_dtype
+from psoft_export.checkpoint.output import OutputFolder, check_target
+from psoft_export.checkpoint.reader import file_sha256, open_checkpoint
+from psoft_export.checkpoint.source import Source, resolve
+from psoft_export.device import choose_device
+from psoft_export.errors import (
+    CheckpointError,
+    NotEquivalentError,
+    OutputError,
+    UnsupportedError,
+    UsageError,
+)
+from psoft_export.manifest import FILENAME, basis_origin, source_record
+from psoft_export.merging import base_files, check_apart, execute_merge, plan_merge
+from psoft_export.model.skeleton import Skeleton, library_class, read_config
+from psoft_export.onnx import adapter_file
+from psoft_export.onnx.equivalence import check_graph
+from psoft_export.onnx.folder import (
+    ADAPTER_SUFFIX,
+    COMPONENTS,
+    FORMAT,
+    FORMAT_VERSION,
+    check_task_name,
+)
+from psoft_export.onnx.quantization import Quantization, quantize_program
+from psoft_export.onnx.runtime import load
+from psoft_export.onnx.subjects import ManyTasksSubject, PlainSubject, Subject
+from psoft_export.onnx.tasks import Task, find_task
+from psoft_export.onnx.tracing import Fusion, check_opset, trace
+from psoft_export.pipeline import ProgressCallback
+from psoft_export.plan import MergePlan
+from psoft_export.verification.figures import OutputsLevel
+from psoft_export.verification.inputs import make_inputs
+from psoft_export.verification.models import find_changes
+from psoft_export.verification.text import read_text
+
+Note = Callable[[str], None]
+_ITEMSIZE = {code: TORCH_DTYPES[code].itemsize for code in ("F32", "F16", "BF16")}
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """The outcome of an export.
+
+    Attributes:
+        output: the folder written.
+        task: what the graph is for.
+        files: name → bytes of what was written, small files apart.
+        verification: by task (`""`: the merged model, or the base) how the graph's outputs were
+            found; of a quantized graph those before quantization.
+        quantized: the same of the quantized graph; empty without quantization.
+        manifest: all that `psoft_export.json` says.
+    """
+
+    output: Path
+    task: str
+    files: Mapping[str, int]
+    verification: Mapping[str, OutputsLevel]
+    quantized: Mapping[str, OutputsLevel]
+    manifest: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as one JSON-ready object."""
+        return {"output": str(self.output), **self.manifest}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a graph is written."""
+
+    code: str
+    opset: int | None
+    fuse: Fusion | None
+    quantization: Quantization | None
+
+
+@dataclass(frozen=True)
+class _Checking:
+    """How a graph is checked."""
+
+    device: torch.device
+    text: Path | None
+    max_loss_increase: float | None
+    note: Note
+
+
+def export(
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    base: str | Path | None = None,
+    adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+    mixed_batch: bool = False,
+    task: str | None = None,
+    dtype: str = "fp32",
+    opset: int | None = None,
+    fuse: Fusion | None = None,
+    quantize: Literal["int8"] | None = None,
+    calibration: str | Path | None = None,
+    text: str | Path | None = None,
+    max_loss_increase: float | None = None,
+    keep_merged: str | Path | None = None,
+    device: str = "auto",
+    svd_device: str | None = None,
+    require_record: bool = False,
+    neumann_terms: NeumannTerms | None = None,
+    givens: GivensForm | None = None,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    progress: ProgressCallback | None = None,
+    note: Note | None = None,
+) -> OnnxReport:
+    """Write a folder that ONNX Runtime serves, proven equal to the PyTorch model.
+
+    From `model`, a checkpoint as it stands; from `base` and `adapter`, their merge, which is
+    made beside the output and removed again; or from `base` and several named `adapters`, one
+    graph for all these tasks.
+
+    The graph is run beside the PyTorch model on several batch sizes and lengths, with padding,
+    with and without the cache, and may be no farther from the truth (PyTorch in a finer dtype)
+    than a small multiple of PyTorch itself in the graph's dtype; greedy generation must give the
+    same tokens, near ties apart. The folder appears only when that holds.
+
+    Args:
+        output: folder to write.
+        model: folder or Hub id of a checkpoint.
+        base: folder or Hub id of a base.
+        adapter: folder or Hub id of its adapter, of any kind that `merge` takes.
+        adapters: task name → folder or Hub id of a PSOFT adapter of the base.
+        mixed_batch: with `adapters`: an input `task_ids` gives each row of a batch its own task.
+        task: as `transformers.pipeline` names them; by default that of the model class.
+        dtype: `fp32`, `fp16` or `bf16`: of weights, computation and cache.
+        opset: version of ONNX's operator set; by default the exporter's own.
+        fuse: ONNX Runtime's fused operators for `cpu` or `cuda`; by default standard ones.
+        quantize: `int8`: weights of matrix products in 8 bits, each activation as it comes.
+        calibration: text file; then activations are quantized by what it shows of them.
+        text: a UTF-8 file to compare outputs, and the task loss, on.
+        max_loss_increase: with `quantize` and `text`: refuse a larger increase of the loss, in
+            nats per token.
+        keep_merged: folder to keep the merged checkpoint in.
+        device: where the merge and the PyTorch models run; ONNX Runtime also runs there.
+        svd_device: as for `merge`.
+        require_record: as for `merge`.
+        neumann_terms: as for `merge`.
+        givens: as for `merge`.
+        cache: as for `merge`.
+        cache_dir: as for `merge`.
+        overwrite: replace a non-empty output folder.
+        token: a Hub token.
+        progress: told how far the merge is.
+        note: told in a few words of each step.
+
+    Returns:
+        What was written, and how equal it was found to be.
+
+    Raises:
+        NotEquivalentError: the graph does not compute what the model does.
+        UnsupportedError: no exporter for the architecture or task; the message says which are.
+        MismatchError: the adapters do not share the base's subspaces.
+        PsoftExportError: a subclass that says what is wrong; see `docs/exit-codes.md`.
+
+    Example:
+        >>> psoft_export.onnx.export("onnx", base="base", adapter="adapter")
+        >>> psoft_export.onnx.export("many", base="base", adapters={"math": "a1", "code": "a2"})
+    """
+    _check_what(model, base, adapter, adapters, mixed_batch=mixed_batch)
+    if quantize is None and (calibration is not None or max_loss_increase is not None):
+        raise UsageError("calibration, max_loss_increase: are for quantization; pass --quantize")
+    if max_loss_increase is not None and text is None:
+        raise UsageError("max_loss_increase: needs a text to tell the loss on; pass --text")
+    if fuse is not None and fuse not in get_args(Fusion):
+        raise UsageError(f"fuse '{fuse}': is not cpu or cuda")
+    check_opset(opset)
+    quantization = Quantization.asked(quantize, calibration)
+    form = _Form(parse_dtype(dtype), opset, fuse, quantization)
+    if text is not None:
+        read_text(Path(text))  # refused now rather than at the end
+    tell = note or (lambda _: None)
+    on = choose_device(device)
+    trained_on = choose_device(svd_device) if svd_device is not None else None
+    checking = _Checking(on, Path(text) if text is not None else None, max_loss_increase, tell)
+    store = open_cache(cache_dir) if cache else None
+    target = Path(output)
+    check_target(target.absolute(), overwrite=overwrite)
+    if keep_merged is not None:
+        if adapter is None:
+            raise UsageError("keep_merged: there is a merged checkpoint only with --adapter")
+        check_target(Path(keep_merged).absolute(), overwrite=overwrite)
+
+    def plan(of: str | Path, as_dtype: str | None) -> MergePlan:
+        assert base is not None
+        return plan_merge(
+            base,
+            of,
+            require_record=require_record,
+            dtype=as_dtype,
+            neumann_terms=neumann_terms,
+            givens=givens,
+            token=token,
+        )
+
+    if model is not None:
+        source = resolve(model, companions.CONFIG, base_files, token=token)
+        _check_apart(target, source)
+        subject, found = _plain(source, task, None)
+        origin = {"model": _source_of(source)}
+        return _write(target, subject, found, form, checking, origin, overwrite=overwrite)
+    if adapters is not None:
+        plans = {name: plan(of, None) for name, of in adapters.items()}
+        for one in plans.values():
+            check_apart(target, one)
+        return _export_many(
+            target, plans, task, form, checking, trained_on, store, mixed_batch, overwrite=overwrite
+        )
+    assert adapter is not None
+    merging = plan(adapter, dtype)
+    check_apart(target, merging)
+    with _merged_folder(target, keep_merged) as folder:
+        tell("merging")
+        report = execute_merge(
+            merging,
+            folder,
+            device=on,
+            svd_device=trained_on,
+            cache=store,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        subject, found = _plain(Source(folder, folder.name), task, merging.layout.class_name)
+        origin = {
+            "base": report.manifest["base"],
+            "adapter": report.manifest["adapter"],
+            "basis": report.manifest["basis"],
+            "warnings": report.manifest["warnings"],
+        }
+        return _write(target, subject, found, form, checking, origin, overwrite=overwrite)
+
+
+def _check_what(
+    model: str | Path | None,
+    base: str | Path | None,
+    adapter: str | Path | None,
+    adapters: Mapping[str, str | Path] | None,
+    *,
+    mixed_batch: bool,
+) -> None:
+    """Check that what is to be exported is named once, and whole."""
+    if model is not None:
+        if base is not None or adapter is not None or adapters is not None:
+            raise UsageError("model: is a checkpoint as it stands; pass it, or base and adapter")
+    elif base is None or (adapter is None) == (adapters is None):
+        raise UsageError(
+            "nothing to export: pass --model, or --base and --adapter, or --base and several "
+            "--adapter NAME=FOLDER"
+        )
+    if adapters is not None and not adapters:
+        raise UsageError("adapters: name at least one task")
+    for name in adapters or ():
+        check_task_name(name)
+    if mixed_batch and adapters is None:
+        raise UsageError("mixed_batch: needs named tasks; pass --adapter NAME=FOLDER")
+
+
+def _check_apart(target: Path, source: Source) -> None:
+    if target.resolve() == source.folder.resolve():
+        raise OutputError(f"{target}: is the model's own folder; choose another output")
+
+
+class _merged_folder:  # noqa: N801
+    """A folder for the merged checkpoint: the one to keep, or one that goes with the block."""
+
+    def __init__(self, target: Path, keep: str | Path | None) -> None:
+        self._keep = Path(keep) if keep is not None else None
+        self._target = target.absolute()
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Path:
+        if self._keep is not None:
+            return self._keep
+        parent, prefix = self._target.parent, f".{self._target.name}.merged-"
+        try:
+            self._scratch = tempfile.TemporaryDirectory(dir=parent, prefix=prefix)
+        except OSError as cause:
+            raise OutputError(f"{parent}: cannot be written ({cause.strerror})") from cause
+        return Path(self._scratch.name) / "merged"
+
+    def __exit__(self, *_: object) -> None:
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+
+def _plain(source: Source, wanted: str | None, class_name: str | None) -> tuple[PlainSubject, Task]:
+    """A checkpoint, and the task to export it for."""
+    config = read_config(source.folder)
+    architectures = [class_name] if class_name else [*(config.architectures or []), None]
+    task = find_task(config, architectures[0], wanted)
+    known = library_class(architectures[0])
+    is_own = wanted is None or (known is not None and _is_of(task, known, config))
+    model_class = known if is_own and known is not None else task.model_class(config)
+    checkpoint = open_checkpoint(source.folder)
+    return PlainSubject(checkpoint, Skeleton(model_class, config)), task
+
+
+def _is_of(task: Task, model_class: type, config: Any) -> bool:
+    found = task.classes.get(type(config), ())
+    return model_class in (found if isinstance(found, (tuple, list)) else (found,))
+
+
+def _export_many(
+    target: Path,
+    plans: Mapping[str, MergePlan],
+    wanted: str | None,
+    form: _Form,
+    checking: _Checking,
+    svd_device: torch.device | None,
+    cache: BasisCache | None,
+    mixed_batch: bool,
+    *,
+    overwrite: bool,
+) -> OnnxReport:
+    changes, bases = {}, {}
+    for name, plan in plans.items():
+        checking.note(f"bases of '{name}'")
+        finder = BasisFinder(
+            plan.adapter, device=checking.device, svd_device=svd_device, cache=cache
+        )
+        changes[name] = find_changes(plan, finder, checking.device)
+        bases[name] = finder
+    subject = ManyTasksSubject(plans, changes, mixed_batch)
+    first = next(iter(plans.values()))
+    task = find_task(subject.skeleton.config, first.layout.class_name, wanted)
+    if task.name == "text2text-generation":
+        raise UnsupportedError(
+            "several tasks in one graph are for models of one graph; an encoder-decoder has three: "
+            "export each task with --adapter FOLDER"
+        )
+    if not _is_of(task, subject.skeleton.model_class, subject.skeleton.config):
+        raise UsageError(
+            f"task '{task.name}': the adapters are of {subject.skeleton.class_name}, which is of "
+            "another task"
+        )
+    hashes = {f.name: file_sha256(f.path, CheckpointError) for f in first.checkpoint.files}
+    origin = {
+        "base": source_record(first.base, hashes),
+        "warnings": [w for n, b in bases.items() for w in (*plans[n].warnings, *b.warnings)],
+    }
+    tasks = {
+        name: {
+            "adapter": source_record(plan.adapter.source, plan.adapter.sha256),
+            "method": plan.adapter.method,
+            "basis": basis_origin(bases[name].describe()),
+        }
+        for name, plan in plans.items()
+    }
+    return _write(target, subject, task, form, checking, origin, tasks=tasks, overwrite=overwrite)
+
+
+def _source_of(source: Source) -> dict[str, Any]:
+    checkpoint = open_checkpoint(source.folder)
+    files = {file.name: file_sha256(file.path, CheckpointError) for file in checkpoint.files}
+    return source_record(source, files)
+
+
+def _write(
+    target: Path,
+    subject: Subject,
+    task: Task,
+    form: _Form,
+    checking: _Checking,
+    origin: Mapping[str, Any],
+    *,
+    tasks: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool,
+) -> OnnxReport:
+    """Trace, write, check: everything that is the same for all subjects."""
+    small = subject.companions()
+    graphs = 3 if task.name == "text2text-generation" else 1  # each with weights of its own
+    kept = 2 if form.quantization is not None else 1  # the quantized one beside the float one
+    needed = subject.numbers * _ITEMSIZE[form.code] * graphs * kept + companions.ROOM_BYTES
+    with OutputFolder(target, overwrite=overwrite, needed_bytes=needed) as folder:
+        companions.write_companions(small, folder.path)
+        _write_config(subject, folder.path)
+        checking.note("tracing")
+        components = _trace(subject, task, form)
+        entries: dict[str, Any] = {name: dict(of) for name, of in (tasks or {}).items()}
+        is_mixed = isinstance(subject, ManyTasksSubject) and subject.mixed
+        for name, entry in entries.items():
+            entry["file"] = None
+            if isinstance(subject, ManyTasksSubject) and not is_mixed:
+                entry["file"] = f"{name}{ADAPTER_SUFFIX}"
+                rotations = subject.rotations(name, form.code)
+                adapter_file.write(folder.path / entry["file"], rotations)
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "tool": _versions(),
+            **origin,
+            "model_class": subject.skeleton.class_name,
+            "task": task.name,
+            "dtype": form.code,
+            "opset": next(iter(components.values())).program.opset_imports.get(""),
+            "fused_for": form.fuse,
+            "quantization": None,
+            "mixed_batch": is_mixed,
+            "tasks": entries,
+        }
+        if isinstance(subject, ManyTasksSubject):
+            content["subspaces"] = _subspaces(subject)
+        companions.write_json(folder.path / FILENAME, content)
+        _save(components, folder.path)
+        checked = _check(folder.path, subject, form, checking)
+        _refuse_unequal(target, checked)
+        quantized: dict[str, OutputsLevel] = {}
+        if form.quantization is not None:
+            checking.note(f"quantizing to {form.quantization.name}")
+            samples = _calibration(folder.path, subject, form.quantization)
+            for component in components.values():
+                component.program = quantize_program(component.program, form.quantization, samples)
+            content["quantization"] = form.quantization.name
+            companions.write_json(folder.path / FILENAME, content)
+            _save(components, folder.path)
+            quantized = _check(folder.path, subject, form, checking, quantized=True)
+            _refuse_unequal(target, quantized)
+        large = [p for p in sorted(folder.path.iterdir()) if p.name not in small]
+        written = [p for p in large if p.name not in (companions.CONFIG, COMPONENTS, FILENAME)]
+        content["files"] = {p.name: file_sha256(p, OutputError) for p in written}
+        content["verification"] = {n or "": lv.summary() for n, lv in checked.items()}
+        if quantized:
+            content["verification_quantized"] = {n: lv.summary() for n, lv in quantized.items()}
+        companions.write_json(folder.path / FILENAME, content)
+        sizes = {p.name: p.stat().st_size for p in written}
+        folder.commit()
+    return OnnxReport(target, task.name, sizes, checked, quantized, content)
+
+
+def _write_config(subject: Subject, folder: Path) -> None:
+    """`config.json` with the class that the graph is of."""
+    config = subject.skeleton.config.to_dict()
+    config["architectures"] = [subject.skeleton.class_name]
+    companions.write_json(folder / companions.CONFIG, config)
+
+
+def _trace(subject: Subject, task: Task, form: _Form) -> dict[str, ExportedComponent]:
+    model = subject.traced(form.code)
+    components = {}
+    for name, sample in task.samples(model).items():
+        traced = sample.part if sample.part is not None else model
+        component = trace(traced, subject.sample(sample), opset=form.opset, fuse=form.fuse)
+        subject.finish(component.program, form.code)
+        components[name] = component
+    return components
+
+
+def _calibration(
+    folder: Path, subject: Subject, quantization: Quantization
+) -> list[dict[str, torch.Tensor]]:
+    """What the graph is run on to see the ranges of its activations."""
+    text = quantization.calibration
+    if text is None:
+        return []
+    model = load(folder, device="cpu")
+    inputs = make_inputs(subject.skeleton, folder, text)
+    try:
+        return [model.graph_inputs(**batch.arguments) for batch in inputs.batches]
+    except KeyError as cause:
+        raise UsageError(f"{text}: calibration is for models of one graph") from cause
+
+
+def _save(components: Mapping[str, ExportedComponent], folder: Path) -> None:
+    """Write every graph, its weights beside it, and what is recorded of it."""
+    for name, component in components.items():
+        for value in component.program.graph.initializers.values():
+            value.meta.pop("path", None)
+        component.program.meta.pop("path", None)
+        component.metadata.export_config.setdefault("component", name)
+    ExportedModel(dict(components), "onnx").save_pretrained(folder)
+
+
+def _check(
+    folder: Path, subject: Subject, form: _Form, checking: _Checking, *, quantized: bool = False
+) -> dict[str, OutputsLevel]:
+    return check_graph(
+        folder,
+        subject.references(),
+        subject.loader,
+        beside=subject.beside,
+        code=form.code,
+        text=checking.text,
+        device=checking.device,
+        note=checking.note,
+        quantized=quantized,
+        max_loss_increase=checking.max_loss_increase if quantized else None,
+    )
+
+
+def _refuse_unequal(target: Path, levels: Mapping[str, OutputsLevel]) -> None:
+    for task, level in levels.items():
+        if not level.equivalent:
+            where = f"task '{task}': " if task else ""
+            raise NotEquivalentError(
+                f"{target}: not equivalent, so nothing was written: {where}{level.problems[0]}",
+                levels,
+            )
+
+
+def _subspaces(subject: ManyTasksSubject) -> dict[str, Any]:
+    """By module path of the graph: rank, and the weight it is of."""
+    found: dict[str, Any] = {}
+    for path, subspace in subject.subspaces.items():
+        found[path] = {
+            "rank": subspace.rank,
+            "shape": [len(subspace.left), subspace.right.shape[1]],
+            "sha256": None,
+        }
+    for plan in subject.plans.values():
+        record = plan.adapter.record
+        for module, base in (record.base if record is not None else {}).items():
+            path = subject.skeleton.module_path(module)
+            if path in found:
+                found[path]["sha256"] = base.sha256
+    return found
+
+
+def _versions() -> dict[str, str]:
+    packages: Iterable[str] = ("psoft-export", "onnx", "onnxscript")
+    return {
+        **{name.replace("-", "_"): importlib.metadata.version(name) for name in packages},
+        "onnxruntime": _onnxruntime_version(),
+        "onnx_ir": onnx_ir.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _onnxruntime_version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
