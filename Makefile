@@ -23,6 +23,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.equivalence
 	$(BIN)/python -m benchmarks.givens
+	$(BIN)/python -m benchmarks.onnx
 
 lint: $(READY)
 	$(BIN)/ruff check .

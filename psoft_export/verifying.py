@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -29,9 +29,6 @@ from psoft_export.verification.evaluation import DOUBLE
 from psoft_export.verification.figures import VerificationReport
 from psoft_export.verification.text import read_text
 from psoft_export.verification.weights import check_weights
-
-if TYPE_CHECKING:
-    from psoft_export.verification.models import LoadedModel
 
 Level = Literal["weights", "outputs", "all"]
 
@@ -192,7 +189,7 @@ def _verify_graph(
     """The verdict on an ONNX export, of one merged model or of several tasks."""
     require_onnx()
     from psoft_export.onnx.equivalence import check_graph  # loads ONNX Runtime
-    from psoft_export.verification.models import UnmergedLoader, find_changes
+    from psoft_export.verification.models import LoadedModel, UnmergedLoader, find_changes
     from psoft_export.verification.outputs import numbers_beside
 
     folder = read_folder(source.folder)

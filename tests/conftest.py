@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+import psoft_export
 from tests import models
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "byte_llama"
@@ -61,6 +62,15 @@ def llama(base_folder: Callable[..., Path]) -> Path:
 def llama_adapter(llama: Path, tmp_path: Path) -> Path:
     """A relaxed adapter (r = 8) of `llama`, in a folder of the test's own."""
     return models.save_adapter("llama", llama, tmp_path / "adapter")
+
+
+@pytest.fixture(scope="session")
+def many_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three bundled adapters as one ONNX graph (`prose`, `arithmetic`, `records`)."""
+    folder = tmp_path_factory.mktemp("many-tasks") / "onnx"
+    adapters = {name.split("-")[0]: EXAMPLES / "adapters" / name for name in BUNDLED}
+    psoft_export.onnx.export(folder, base=EXAMPLES / "base", adapters=adapters, cache=False)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

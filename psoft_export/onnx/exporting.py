@@ -1,6 +1,7 @@
 """Exporting to ONNX, from references to a complete folder that is proven equal."""
 
 import importlib.metadata
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -32,10 +33,8 @@ from psoft_export.errors import (
 from psoft_export.manifest import FILENAME, basis_origin, source_record
 from psoft_export.merging import base_files, check_apart, execute_merge, plan_merge
 from psoft_export.model.skeleton import Skeleton, library_class, read_config
-from psoft_export.onnx import adapter_file
 from psoft_export.onnx.equivalence import check_graph
 from psoft_export.onnx.folder import (
-    ADAPTER_SUFFIX,
     COMPONENTS,
     FORMAT,
     FORMAT_VERSION,
@@ -192,6 +191,11 @@ def export(
         raise UsageError("max_loss_increase: needs a text to tell the loss on; pass --text")
     if fuse is not None and fuse not in get_args(Fusion):
         raise UsageError(f"fuse '{fuse}': is not cpu or cuda")
+    if fuse is not None and calibration is not None:
+        raise UsageError(
+            "fuse, calibration: ONNX Runtime's static quantizer does not take fused operators; "
+            "leave out one of them"
+        )
     check_opset(opset)
     quantization = Quantization.asked(quantize, calibration)
     form = _Form(parse_dtype(dtype), opset, fuse, quantization)
@@ -225,7 +229,7 @@ def export(
         source = resolve(model, companions.CONFIG, base_files, token=token)
         _check_apart(target, source)
         subject, found = _plain(source, task, None)
-        origin = {"model": _source_of(source)}
+        origin = {"model": _source_of(source), **_merge_of(source.folder)}
         return _write(target, subject, found, form, checking, origin, overwrite=overwrite)
     if adapters is not None:
         plans = {name: plan(of, None) for name, of in adapters.items()}
@@ -383,6 +387,15 @@ def _source_of(source: Source) -> dict[str, Any]:
     return source_record(source, files)
 
 
+def _merge_of(folder: Path) -> dict[str, Any]:
+    """What a merged folder says of its base and adapter; nothing where it is of other origin."""
+    try:
+        content = json.loads((folder / FILENAME).read_text("utf-8"))
+        return {name: content[name] for name in ("base", "adapter", "basis")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _write(
     target: Path,
     subject: Subject,
@@ -404,14 +417,7 @@ def _write(
         _write_config(subject, folder.path)
         checking.note("tracing")
         components = _trace(subject, task, form)
-        entries: dict[str, Any] = {name: dict(of) for name, of in (tasks or {}).items()}
-        is_mixed = isinstance(subject, ManyTasksSubject) and subject.mixed
-        for name, entry in entries.items():
-            entry["file"] = None
-            if isinstance(subject, ManyTasksSubject) and not is_mixed:
-                entry["file"] = f"{name}{ADAPTER_SUFFIX}"
-                rotations = subject.rotations(name, form.code)
-                adapter_file.write(folder.path / entry["file"], rotations)
+        files = subject.write_tasks(folder.path, form.code)
         content: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -423,11 +429,9 @@ def _write(
             "opset": next(iter(components.values())).program.opset_imports.get(""),
             "fused_for": form.fuse,
             "quantization": None,
-            "mixed_batch": is_mixed,
-            "tasks": entries,
+            "tasks": {name: {**of, "file": files[name]} for name, of in (tasks or {}).items()},
+            **subject.describe(),
         }
-        if isinstance(subject, ManyTasksSubject):
-            content["subspaces"] = _subspaces(subject)
         companions.write_json(folder.path / FILENAME, content)
         _save(components, folder.path)
         checked = _check(folder.path, subject, form, checking)
@@ -446,9 +450,13 @@ def _write(
         large = [p for p in sorted(folder.path.iterdir()) if p.name not in small]
         written = [p for p in large if p.name not in (companions.CONFIG, COMPONENTS, FILENAME)]
         content["files"] = {p.name: file_sha256(p, OutputError) for p in written}
-        content["verification"] = {n or "": lv.summary() for n, lv in checked.items()}
-        if quantized:
-            content["verification_quantized"] = {n: lv.summary() for n, lv in quantized.items()}
+        content["verification"] = {name: level.summary() for name, level in checked.items()}
+        content["verification_quantized"] = {n: level.summary() for n, level in quantized.items()}
+        unseen = {lv.skipped for lv in (*checked.values(), *quantized.values()) if lv.skipped}
+        content["warnings"] = [
+            *origin.get("warnings", ()),
+            *(f"the graph was not compared with PyTorch: {reason}" for reason in sorted(unseen)),
+        ]
         companions.write_json(folder.path / FILENAME, content)
         sizes = {p.name: p.stat().st_size for p in written}
         folder.commit()
@@ -457,9 +465,10 @@ def _write(
 
 def _write_config(subject: Subject, folder: Path) -> None:
     """`config.json` with the class that the graph is of."""
-    config = subject.skeleton.config.to_dict()
-    config["architectures"] = [subject.skeleton.class_name]
-    companions.write_json(folder / companions.CONFIG, config)
+    classes = [subject.skeleton.class_name]
+    changes = {"architectures": classes}
+    same = subject.skeleton.config.architectures == classes
+    companions.write_config(subject.folder, {} if same else changes, folder)
 
 
 def _trace(subject: Subject, task: Task, form: _Form) -> dict[str, ExportedComponent]:
@@ -523,24 +532,6 @@ def _refuse_unequal(target: Path, levels: Mapping[str, OutputsLevel]) -> None:
                 f"{target}: not equivalent, so nothing was written: {where}{level.problems[0]}",
                 levels,
             )
-
-
-def _subspaces(subject: ManyTasksSubject) -> dict[str, Any]:
-    """By module path of the graph: rank, and the weight it is of."""
-    found: dict[str, Any] = {}
-    for path, subspace in subject.subspaces.items():
-        found[path] = {
-            "rank": subspace.rank,
-            "shape": [len(subspace.left), subspace.right.shape[1]],
-            "sha256": None,
-        }
-    for plan in subject.plans.values():
-        record = plan.adapter.record
-        for module, base in (record.base if record is not None else {}).items():
-            path = subject.skeleton.module_path(module)
-            if path in found:
-                found[path]["sha256"] = base.sha256
-    return found
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir
 import torch
+from onnxruntime.quantization import QuantType
 from transformers.exporters import (
     ExportFormat,
     OnnxRuntimeDynamicConfig,
@@ -79,7 +80,12 @@ def quantize_program(
     if quantization.calibration is None:
         config = OnnxRuntimeDynamicConfig(**more, extra_options={"DefaultTensorType": 1})
     else:
-        config = OnnxRuntimeStaticConfig(**more, extra_options={"DefaultTensorType": 1})
+        config = OnnxRuntimeStaticConfig(
+            **more,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"DefaultTensorType": 1},
+        )
     try:
         quantizer = OnnxRuntimeQuantizer(config, calibration_dataset=samples or None)
         first = samples[0] if samples else {}

@@ -24,7 +24,13 @@ from transformers.exporters.metadata import load_treespec
 from transformers.exporters.utils import onnx_inputs
 
 from psoft_export.checkpoint.companions import CONFIG
-from psoft_export.errors import CheckpointError, UnsupportedError, UsageError, first_line
+from psoft_export.errors import (
+    CheckpointError,
+    MismatchError,
+    UnsupportedError,
+    UsageError,
+    first_line,
+)
 from psoft_export.onnx import adapter_file
 from psoft_export.onnx.folder import TASK_IDS, GraphFolder, read_folder
 from psoft_export.onnx.tracing import widen_bfloat16
@@ -114,7 +120,8 @@ class Graph:
 
     def __post_init__(self) -> None:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
-        self.overridable = {value.name for value in self.session.get_overridable_initializers()}
+        overridable = self.session.get_overridable_initializers()
+        self.overridable = {value.name: tuple(value.shape) for value in overridable}
         self._outputs = [value.name for value in self.session.get_outputs()]
         self._spec = load_treespec(self.metadata.out_spec or "")
         self._constants = dict(self.metadata.out_constants)
@@ -383,9 +390,18 @@ class OnnxModel:
         if self._task is None or self._folder.mixed_batch:
             return {}
         if self._task not in self._rotations:
-            read = adapter_file.read(self._folder.path / self._folder.tasks[self._task])
+            path = self._folder.path / self._folder.tasks[self._task]
+            read = adapter_file.read(path)
+            for name, expected in graph.overridable.items():
+                found = tuple(read[name].shape) if name in read else None
+                if found != expected or len(read) != len(graph.overridable):
+                    raise MismatchError(
+                        f"{path}: does not fit the graph beside it ('{name}' is "
+                        f"{list(found) if found else 'missing'}, {list(expected)} is needed); add "
+                        "the task again with 'psoft-export onnx-adapter'"
+                    )
             self._rotations[self._task] = {n: t.to(self.device) for n, t in read.items()}
-        return {n: t for n, t in self._rotations[self._task].items() if n in graph.overridable}
+        return self._rotations[self._task]
 
 
 class OnnxModelForGeneration(OnnxModel, GenerationMixin):

@@ -16,7 +16,8 @@ from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 from psoft_export.checkpoint.reader import Checkpoint
 from psoft_export.errors import MismatchError, UnsupportedError
 from psoft_export.model.skeleton import Skeleton
-from psoft_export.onnx.folder import LEFT, RIGHT, ROTATION, ROTATIONS, TASK_IDS
+from psoft_export.onnx import adapter_file
+from psoft_export.onnx.folder import ADAPTER_SUFFIX, LEFT, RIGHT, ROTATION, ROTATIONS, TASK_IDS
 from psoft_export.onnx.subspaces import (
     MixedLinear,
     Subspace,
@@ -49,6 +50,10 @@ class Subject(Protocol):
     def loader(self) -> PlainLoader | UnmergedLoader:
         """Loads it without tasks."""
 
+    @property
+    def folder(self) -> Path:
+        """Where its config is."""
+
     def traced(self, code: str) -> PreTrainedModel:
         """The model to trace, in a dtype."""
 
@@ -57,6 +62,12 @@ class Subject(Protocol):
 
     def finish(self, program: onnx_ir.Model, code: str) -> None:
         """Make of a traced graph the one that is served."""
+
+    def write_tasks(self, folder: Path, code: str) -> dict[str, str | None]:
+        """Write the file of each task; its name by task, None where the graph holds it."""
+
+    def describe(self) -> dict[str, Any]:
+        """What `psoft_export.json` says of the form of the graph."""
 
     def references(self) -> Mapping[str | None, Load]:
         """By task (None: no task): what the graph should compute, in PyTorch."""
@@ -74,6 +85,7 @@ class PlainSubject:
 
     def __post_init__(self) -> None:
         self.loader = PlainLoader(self.checkpoint, self.skeleton)
+        self.folder = self.checkpoint.folder
 
     @property
     def numbers(self) -> int:
@@ -102,13 +114,21 @@ class PlainSubject:
     def finish(self, program: onnx_ir.Model, code: str) -> None:
         """See `Subject`."""
 
+    def write_tasks(self, folder: Path, code: str) -> dict[str, str | None]:
+        """See `Subject`."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """See `Subject`."""
+        return {"mixed_batch": False}
+
     def references(self) -> Mapping[str | None, Load]:
         """See `Subject`."""
         return {None: self.loader.load}
 
     def companions(self) -> Mapping[str, Path]:
         """See `Subject`."""
-        return companions.gather_one(self.checkpoint.folder)
+        return companions.gather_one(self.folder)
 
 
 @dataclass
@@ -131,6 +151,7 @@ class ManyTasksSubject:
     def __post_init__(self) -> None:
         first = next(iter(self.plans.values()))
         self.loader = UnmergedLoader(first)
+        self.folder = first.base.folder
         self.skeleton = self.loader.skeleton
         for task, plan in self.plans.items():
             _check_shares(task, plan, first, self.skeleton)
@@ -167,13 +188,32 @@ class ManyTasksSubject:
         replace_layers(model, ((path, self._beside(model, path, dtype)) for path in self.subspaces))
         return model
 
-    def rotations(self, task: str, code: str) -> dict[str, Tensor]:
-        """Initializer name → (R − I)ᵀ of a task; zero where it leaves a module alone."""
-        found = {}
+    def write_tasks(self, folder: Path, code: str) -> dict[str, str | None]:
+        """See `Subject`."""
+        if self.mixed:
+            return dict.fromkeys(self.plans)
+        files: dict[str, str | None] = {}
+        for task in self.plans:
+            files[task] = name = f"{task}{ADAPTER_SUFFIX}"
+            rotations = {
+                f"{path}.{ROTATION}": self._core(task, path).T.to(TORCH_DTYPES[code]).contiguous()
+                for path in self.subspaces
+            }
+            adapter_file.write(folder / name, rotations)
+        return files
+
+    def describe(self) -> dict[str, Any]:
+        """See `Subject`; of each subspace also the weight that it is of, where a record says."""
+        found: dict[str, Any] = {}
         for path, subspace in self.subspaces.items():
-            core = self.cores[task].get(path, torch.zeros(subspace.rank, subspace.rank))
-            found[f"{path}.{ROTATION}"] = core.T.to(TORCH_DTYPES[code]).contiguous()
-        return found
+            shape = [len(subspace.left), subspace.right.shape[1]]
+            found[path] = {"rank": subspace.rank, "shape": shape, "sha256": None}
+        for plan in self.plans.values():
+            record = plan.adapter.record
+            for module, base in (record.base if record is not None else {}).items():
+                if (path := self.skeleton.module_path(module)) in found:
+                    found[path]["sha256"] = base.sha256
+        return {"mixed_batch": self.mixed, "subspaces": found}
 
     def sample(self, sample: Sample) -> Sample:
         """See `Subject`; rows of different tasks where each has its own."""
@@ -216,15 +256,19 @@ class ManyTasksSubject:
 
     def companions(self) -> Mapping[str, Path]:
         """See `Subject`."""
-        return companions.gather_one(next(iter(self.plans.values())).base.folder)
+        return companions.gather_one(self.folder)
 
     def _beside(self, model: PreTrainedModel, path: str, dtype: torch.dtype) -> torch.nn.Module:
         layer, subspace = model.get_submodule(path), self.subspaces[path]
         if not self.mixed:
             return SwitchedLinear(layer, subspace, dtype)
-        none = torch.zeros(subspace.rank, subspace.rank, dtype=torch.float64)
-        stacked = [self.cores[task].get(path, none) for task in self.plans]
+        stacked = [self._core(task, path) for task in self.plans]
         return MixedLinear(layer, subspace, stacked, self._get_task_ids, dtype)
+
+    def _core(self, task: str, path: str) -> Tensor:
+        """R − I of a task in a module; zero where it leaves the module alone."""
+        rank = self.subspaces[path].rank
+        return self.cores[task].get(path, torch.zeros(rank, rank, dtype=torch.float64))
 
     def _get_task_ids(self) -> Tensor:
         assert self._task_ids is not None
