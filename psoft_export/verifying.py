@@ -206,6 +206,7 @@ def _verify_graph(
         {task: reference},
         loader,
         beside=numbers_beside(plan),
+        outside=folder.outside,
         code=str(folder.manifest["dtype"]),
         text=text,
         device=device,

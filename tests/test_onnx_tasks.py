@@ -167,10 +167,9 @@ def test_added_task_equals_the_exported_one(
     torch.testing.assert_close(found, merged_logits["prose"], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["signs", "full"])
 @pytest.mark.slow
 def test_signs_of_other_machines_are_reconciled(
-    kind: Any, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three adapters recorded with three SVDs, two ranks, two scalings and initialisations."""
     adapters, merged = {}, {}
@@ -184,6 +183,7 @@ def test_signs_of_other_machines_are_reconciled(
         with monkeypatch.context() as patch:
             if name != "here":
                 machines.pretend(machines.MACHINES[name], patch)
+            kind: Any = "full" if name == "numpy" else "signs"
             psoft_export.record(llama, folder, kind=kind, cache=False)
         adapters[name.replace(" ", "-")] = folder
         psoft_export.merge(llama, folder, tmp_path / f"{name} merged", cache=False)
@@ -196,7 +196,8 @@ def test_signs_of_other_machines_are_reconciled(
     model = psoft_export.onnx.load(graph, device="cpu")
     for name, expected in merged.items():
         found = model(input_ids=IDS % 100, task=name).logits
-        torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert read_folder(graph).outside[name] < 1e-5
 
 
 @pytest.mark.slow
@@ -271,12 +272,9 @@ def test_tasks_that_cannot_share_a_graph(
     deberta = base_folder("deberta")
     head = models.save_adapter("deberta", deberta, tmp_path / "head")
     t5 = models.save_adapter("t5", base_folder("t5"), tmp_path / "t5")
-    tied = models.save_adapter("llama-tied", base_folder("llama-tied"), tmp_path / "tied")
-    psoft_export.record(base_folder("llama-tied"), tied, cache=False)
     cases: list[tuple[Path, dict[str, Path], type[Exception], str]] = [
         (deberta, {"one": head}, errors.UnsupportedError, "brings whole tensors"),
         (base_folder("t5"), {"one": t5}, errors.UnsupportedError, "an encoder-decoder has three"),
-        (llama, {"one": llama_adapter, "two": tied}, errors.MismatchError, "another base|recorded"),
         (llama, {"../one": llama_adapter}, errors.UsageError, "it names a file"),
         (llama, {}, errors.UsageError, "at least one task"),
     ]
@@ -308,7 +306,7 @@ ADDING: dict[str, tuple[Callable[[Path, Path], None], type[Exception], str]] = {
     "another shape": (
         lambda graph, _: _edit_subspaces(graph, shape=[3, 3]),
         errors.MismatchError,
-        r"is of a weight \[256, 256\], the graph's is \[3, 3\]",
+        r"is of a weight \[256, 768\], the graph's is \[3, 3\]",
     ),
     "another graph": (
         lambda graph, _: files.edit_json(
@@ -347,14 +345,11 @@ def test_adding_what_does_not_fit(case: str, many_tasks: Path, tmp_path: Path) -
     assert files.tree(graph) == before
 
 
-def test_adding_a_higher_rank(llama: Path, llama_adapter: Path, tmp_path: Path) -> None:
-    psoft_export.record(llama, llama_adapter)
-    high = models.save_adapter("llama", llama, tmp_path / "high", r=12)
-    psoft_export.record(llama, high)
-    graph = tmp_path / "onnx"
-    psoft_export.onnx.export(graph, base=llama, adapters={"one": llama_adapter})
-    with pytest.raises(errors.MismatchError, match="has rank 12, the graph's subspace 8"):
-        psoft_export.onnx.add_task(graph, high, "two")
+def test_adding_a_higher_rank(many_tasks: Path, tmp_path: Path) -> None:
+    high = models.save_adapter("llama", BASE, tmp_path / "high", r=80, target_modules=["q_proj"])
+    psoft_export.record(BASE, high)
+    with pytest.raises(errors.MismatchError, match="has rank 80, the graph's subspace 64"):
+        psoft_export.onnx.add_task(many_tasks, high, "two")
 
 
 def test_adding_another_kind(many_tasks: Path, tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def add_task(
         f"{path}.{ROTATION}": torch.zeros(s.rank, s.rank, dtype=TORCH_DTYPES[code])
         for path, s in subspaces.items()
     }
+    outside = 0.0
     for module in loaded.modules:
         where = f"task '{name}', module '{module}'"
         path = _path(module, subspaces, where)
@@ -132,16 +133,23 @@ def add_task(
             basis = _basis(record, module, subspace, loaded, code)
         change = loaded.change(module, basis)
         assert isinstance(change, SubspaceRotation)
-        core = subspace.core(change, where)
+        core, left_out = subspace.core(change, where)
+        outside = max(outside, left_out)
         rotations[f"{path}.{ROTATION}"] = core.T.to(TORCH_DTYPES[code]).contiguous()
-    return _write(folder, name, rotations, loaded, len(loaded.modules))
+    stated = {
+        "adapter": source_record(loaded.source, loaded.sha256),
+        "method": loaded.method,
+        "basis": "the graph's, with the signs of the adapter's record",
+        "outside": outside,
+    }
+    return _write(folder, name, rotations, stated, len(loaded.modules))
 
 
 def _write(
     folder: GraphFolder,
     name: str,
     rotations: Mapping[str, Tensor],
-    adapter: SubspaceAdapter,
+    stated: Mapping[str, Any],
     modules: int,
 ) -> AddedTask:
     """The task's file, then the manifest that names it: cut short, the graph is as it was."""
@@ -152,12 +160,7 @@ def _write(
     manifest = dict(folder.manifest)
     manifest["tasks"] = {
         **manifest["tasks"],
-        name: {
-            "adapter": source_record(adapter.source, adapter.sha256),
-            "method": adapter.method,
-            "basis": "the graph's, with the signs of the adapter's record",
-            "file": file.name,
-        },
+        name: {**stated, "file": file.name},
     }
     files = {**manifest.get("files", {}), file.name: file_sha256(file, OutputError)}
     manifest["files"] = dict(sorted(files.items()))

@@ -27,6 +27,7 @@ def check_graph(
     loader: PlainLoader | UnmergedLoader,
     *,
     beside: int,
+    outside: Mapping[str, float],
     code: str,
     text: Path | None,
     device: torch.device,
@@ -41,6 +42,7 @@ def check_graph(
         references: task (None: no task) → what the graph should compute then, in PyTorch.
         loader: of the model without tasks.
         beside: how many numbers stand beside its layers in a reference.
+        outside: task → the share of ΔW that the graph is known to leave out.
         code: dtype code of the graph.
         text: as of `make_inputs`.
         device: where the models run; the graph on CUDA where ONNX Runtime has it there.
@@ -60,9 +62,6 @@ def check_graph(
         model = load_in_float32(folder) if in_float32 else load(folder, device=where)
         return model.in_task(task)
 
-    rule = Verdict(FACTOR, tokens=True)
-    if quantized:
-        rule = Verdict(FACTOR, spread=QUANTIZED_SPREAD)
     levels = {}
     for task, reference in references.items():
         of_task = f" of '{task}'" if task is not None else ""
@@ -71,6 +70,9 @@ def check_graph(
             reference="PyTorch" + of_task,
             truth="PyTorch" + of_task,
         )
+        rule = Verdict(FACTOR, left_out=outside.get(task or "", 0.0), tokens=True)
+        if quantized:
+            rule = Verdict(FACTOR, spread=QUANTIZED_SPREAD)
         check = OutputsCheck(code, device, wording, rule, note)
 
         def checked(_: torch.dtype, __: torch.device, task: str | None = task) -> LoadedModel:

@@ -375,6 +375,7 @@ def _export_many(
             "adapter": source_record(plan.adapter.source, plan.adapter.sha256),
             "method": plan.adapter.method,
             "basis": basis_origin(bases[name].describe()),
+            "outside": subject.outside[name],
         }
         for name, plan in plans.items()
     }
@@ -515,6 +516,7 @@ def _check(
         subject.references(),
         subject.loader,
         beside=subject.beside,
+        outside=subject.outside,
         code=form.code,
         text=checking.text,
         device=checking.device,

@@ -45,6 +45,11 @@ class GraphFolder:
         """Name of each task → its `.onnx_adapter`; of a mixed-batch graph all in the graph."""
         return {name: str(task["file"]) for name, task in self.manifest["tasks"].items()}
 
+    @property
+    def outside(self) -> Mapping[str, float]:
+        """Task → the share of its ΔW that the graph leaves out, as stated."""
+        return {name: float(task["outside"]) for name, task in self.manifest["tasks"].items()}
+
     def task_of(self, sha256: Mapping[str, str]) -> tuple[str | None, list[str]]:
         """The task that an adapter is here (None: the graph is one merged model).
 
@@ -120,8 +125,10 @@ def read_folder(path: Path) -> GraphFolder:
         for task in manifest["tasks"].values():
             if task["file"] is not None:
                 _inside(path, task["file"])
+            if not 0 <= float(task["outside"]) <= 1:
+                raise ValueError(task["outside"])
         _ = manifest["mixed_batch"], manifest["task"]
-    except (KeyError, TypeError, AttributeError) as cause:
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
         raise CheckpointError(f"{path}: its manifests are not those of an ONNX export") from cause
     if not components:
         raise CheckpointError(f"{path / COMPONENTS}: names no graph")

@@ -47,6 +47,10 @@ class Subject(Protocol):
         """How many numbers stand beside the layers when it is run in PyTorch."""
 
     @property
+    def outside(self) -> Mapping[str, float]:
+        """Task → the largest share of a module's ΔW that the graph leaves out."""
+
+    @property
     def loader(self) -> PlainLoader | UnmergedLoader:
         """Loads it without tasks."""
 
@@ -85,6 +89,7 @@ class PlainSubject:
 
     def __post_init__(self) -> None:
         self.loader = PlainLoader(self.checkpoint, self.skeleton)
+        self.outside: Mapping[str, float] = {}
         self.folder = self.checkpoint.folder
 
     @property
@@ -139,6 +144,10 @@ class ManyTasksSubject:
         plans: task → the merge that it would be.
         changes: task → module, as the adapter names it → what it does.
         mixed: each row of a batch has its own task.
+        skeleton: the model class.
+        subspaces: module path → what all tasks rotate.
+        cores: task → module path → R − I.
+        outside: task → the largest share of a module's ΔW that the subspaces leave out.
     """
 
     plans: Mapping[str, MergePlan]
@@ -147,6 +156,7 @@ class ManyTasksSubject:
     skeleton: Skeleton = field(init=False)
     subspaces: Mapping[str, Subspace] = field(init=False)
     cores: Mapping[str, Mapping[str, Tensor]] = field(init=False)
+    outside: Mapping[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         first = next(iter(self.plans.values()))
@@ -161,7 +171,9 @@ class ManyTasksSubject:
             for task, changes in self.changes.items()
         }
         self.subspaces = shared_subspaces(by_path.values())
-        self.cores = {task: cores(task, by_path[task], self.subspaces) for task in by_path}
+        found = {task: cores(task, by_path[task], self.subspaces) for task in by_path}
+        self.cores = {task: of_task for task, (of_task, _) in found.items()}
+        self.outside = {task: share for task, (_, share) in found.items()}
         self._task_ids: Tensor | None = None
 
     @property

@@ -16,8 +16,8 @@ from psoft_export.changes.subspace import SubspaceRotation
 from psoft_export.errors import MismatchError, UnsupportedError
 from psoft_export.onnx.folder import LEFT, RIGHT, ROTATION, ROTATIONS
 
-# Of ΔW. What two records of one base differ by is below 2e-3; another base's subspace is all of it.
-_OUTSIDE = 0.01
+# Of ΔW. Two float32 SVDs of one base are below 2e-3 apart; another base's subspace is all of it.
+LARGEST_OUTSIDE = 0.01
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Subspace:
         """That of an adapter's basis."""
         return cls(scaling * basis.b.double(), basis.a.double())
 
-    def core(self, change: SubspaceRotation, name: str) -> Tensor:
+    def core(self, change: SubspaceRotation, name: str) -> tuple[Tensor, float]:
         """R − I of another adapter's ΔW in these factors, r × r, float64.
 
         Signs, scaling and initialisation may be others, and the rank smaller: it is the core of
@@ -52,6 +52,10 @@ class Subspace:
             change: what the adapter does to the module's weight.
             name: adapter and module, for the message.
 
+        Returns:
+            The core, and the share of ‖ΔW‖ that it leaves out: what lies outside the subspace,
+            because another SVD found the adapter's basis.
+
         Raises:
             MismatchError: ΔW lies outside the subspace.
         """
@@ -59,15 +63,15 @@ class Subspace:
         left, right = (factor.cpu() for factor in factors)
         core: Tensor = torch.linalg.pinv(self.left) @ left @ (right @ torch.linalg.pinv(self.right))
         norm = _product_norm(left, right)
-        both = _product_norm(
+        rest = _product_norm(
             torch.cat([left, -self.left @ core], dim=1), torch.cat([right, self.right])
         )
-        if both > _OUTSIDE * norm:
+        if rest > LARGEST_OUTSIDE * norm:
             raise MismatchError(
-                f"{name}: {both / norm:.1%} of its ΔW lies outside the subspace that the graph's "
+                f"{name}: {rest / norm:.1%} of its ΔW lies outside the subspace that the graph's "
                 "other tasks share; was it trained on another base, or is its basis not recorded?"
             )
-        return core
+        return core, rest / norm if norm else 0.0
 
 
 def rotations_of(task: str, changes: Mapping[str, WeightChange]) -> dict[str, SubspaceRotation]:
@@ -101,12 +105,17 @@ def shared_subspaces(tasks: Iterable[Mapping[str, SubspaceRotation]]) -> dict[st
 
 def cores(
     task: str, changes: Mapping[str, SubspaceRotation], subspaces: Mapping[str, Subspace]
-) -> dict[str, Tensor]:
-    """R − I of a task in each of its modules; errors as of `Subspace.core`."""
-    return {
+) -> tuple[dict[str, Tensor], float]:
+    """R − I of a task in each of its modules, and the largest share that one leaves out.
+
+    Errors as of `Subspace.core`.
+    """
+    found = {
         path: subspaces[path].core(change, f"task '{task}', module '{path}'")
         for path, change in changes.items()
     }
+    outside = max((share for _, share in found.values()), default=0.0)
+    return {path: core for path, (core, _) in found.items()}, outside
 
 
 class SwitchedLinear(nn.Module):

@@ -75,11 +75,14 @@ class Verdict:
     Attributes:
         factor: the root mean square of the differences from the truth may be this many times
             that of the reference.
-        spread: or this share of the standard deviation of the truth's outputs, if that is more.
+        left_out: the share of ΔW that the checked model is known to leave out; as large a share
+            of the standard deviation of the truth's outputs counts as the reference's own error.
+        spread: or this share of that standard deviation, if that is more.
         tokens: whether greedy generation must follow the truth, near ties apart.
     """
 
     factor: float
+    left_out: float = 0.0
     spread: float = 0.0
     tokens: bool = False
 
@@ -307,7 +310,7 @@ class OutputsCheck:
                 f"every position, so nothing says how far {words.checked} may be; write a wider "
                 "dtype"
             ]
-        allowed = self._rule.factor * unmerged.rms
+        allowed = self._rule.factor * (unmerged.rms + self._left_out)
         if (spread := self._rule.spread * self._truth.spread()) > allowed:
             return [self._beyond_spread(merged.rms, spread)] if merged.rms > spread else []
         return [self._too_far(merged, unmerged)] if merged.rms > allowed else []
@@ -330,6 +333,11 @@ class OutputsCheck:
         )
 
     @property
+    def _left_out(self) -> float:
+        """What outputs lack for what the checked model is known to leave out, first order."""
+        return self._rule.left_out * self._truth.spread() if self._rule.left_out else 0.0
+
+    @property
     def _unit(self) -> str:
         return "logit" if self._truth.are_logits else "output"
 
@@ -346,7 +354,7 @@ class OutputsCheck:
             return []
         if truth.tokens is None or checked.tokens is None or truth.margins is None:
             return []
-        near = 2 * self._rule.factor * found.largest
+        near = 2 * self._rule.factor * (found.largest + self._left_out)
         for row, same in enumerate(truth.tokens == checked.tokens):
             if same.all():
                 continue
