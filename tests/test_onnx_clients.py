@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 from transformers.exporters import ExportedModel
 
 import psoft_export
-from tests import models
+from tests import files, models
 from tests.conftest import EXAMPLES
 
 sys.path.insert(0, str(EXAMPLES.parent))  # the example scripts are run from their folder
@@ -101,9 +101,8 @@ class Embedder:
 @pytest.fixture(scope="module")
 def embedder(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
     folder = tmp_path_factory.mktemp("sentences")
-    base, adapter, exported = folder / "base", folder / "adapter", folder / "onnx"
-    BertModel.from_pretrained(models.MINILM).save_pretrained(base)
-    AutoTokenizer.from_pretrained(models.MINILM).save_pretrained(base)
+    adapter, exported = folder / "adapter", folder / "onnx"
+    base = files.copy_of(models.MINILM, folder / "base")
     config = PsoftConfig(
         r=8, task_type="FEATURE_EXTRACTION", target_modules=["query", "value", "dense"]
     )
@@ -114,6 +113,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
         exported, base=base, adapter=adapter, device="cpu", cache=False
     )
     assert report.task == "feature-extraction"
+    assert (exported / "1_Pooling" / "config.json").is_file()  # of sentence-transformers
     return Embedder(exported, unmerged.eval())
 
 

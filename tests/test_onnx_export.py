@@ -311,6 +311,12 @@ def test_bad_arguments(case: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_kept_folder_is_another(tmp_path: Path) -> None:
+    output = tmp_path / "onnx"
+    with pytest.raises(errors.UsageError, match="cannot be both"):
+        psoft_export.onnx.export(output, base=BASE, adapter=PROSE, keep_merged=output)
+
+
 def test_class_of_no_task(llama: Path, tmp_path: Path) -> None:
     folder = files.copy_of(llama, tmp_path / "model")
     files.edit_json(folder / "config.json", architectures=["LlamaForChess"])

@@ -16,9 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import psoft_export
 from psoft_export import errors
+from psoft_export.algebra.parameters import RotationParameters
+from psoft_export.basis.svd import Basis, BasisOptions
+from psoft_export.changes.subspace import SubspaceRotation
 from psoft_export.cli.main import run
 from psoft_export.onnx import adapter_file
 from psoft_export.onnx.folder import read_folder
+from psoft_export.onnx.subspaces import Subspace
 from tests import files, machines, models
 from tests.conftest import BUNDLED, EXAMPLES
 
@@ -198,6 +202,34 @@ def test_signs_of_other_machines_are_reconciled(
         found = model(input_ids=IDS % 100, task=name).logits
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert read_folder(graph).outside[name] < 1e-5
+
+
+def test_core_says_what_lies_outside() -> None:
+    """A basis whose last vector leans out of the subspace, as another SVD's may, or by far."""
+    generator = torch.Generator().manual_seed(4)
+    left, values, right = torch.linalg.svd(torch.randn(20, 16, generator=generator).double())
+    scaled = left[:, :16] * values
+    options = BasisOptions(4, 1.0)
+    subspace = Subspace.of(Basis(right[:4], scaled[:, :4]), 1.0)
+    weight = 0.3 * torch.randn(4, 4, generator=generator)
+    parameters = RotationParameters(4, torch.eye(4) + weight, orthogonal=False)
+    same = SubspaceRotation(parameters, Basis(right[:4], scaled[:, :4]), options)
+    core, outside = subspace.core(same, "same")
+    torch.testing.assert_close(core, weight.double(), atol=1e-12, rtol=1e-12)
+    assert outside < 1e-12
+    for lean in (1e-3, 0.5):
+        a = right[:4].clone()
+        a[3] += lean * right[4]
+        change = SubspaceRotation(parameters, Basis(a, scaled[:, :4]), options)
+        if lean == 0.5:
+            with pytest.raises(errors.MismatchError, match=r"leaning: .*% of its ΔW lies outside"):
+                subspace.core(change, "leaning")
+            continue
+        core, outside = subspace.core(change, "leaning")
+        delta = scaled[:, :4] @ weight.double() @ a
+        rest = delta - subspace.left @ core @ subspace.right
+        assert outside == pytest.approx(float(rest.norm() / delta.norm()), rel=1e-6)
+        assert 1e-4 < outside < 1e-3
 
 
 @pytest.mark.slow

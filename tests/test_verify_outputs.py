@@ -569,3 +569,17 @@ def test_on_cuda(dtype: str, llama: Path, llama_adapter: Path, tmp_path: Path) -
     bases = BasisFinder(plan.adapter, device=device)
     level = check_outputs(plan, tmp_path / "merged", bases, device=device)
     assert level.equivalent and level.skipped is None
+
+
+@pytest.mark.parametrize("margin, problems", [(0.05, 0), (0.5, 1)])
+def test_tokens_may_differ_only_at_near_ties(margin: float, problems: int) -> None:
+    verdict = outputs.Verdict(4.0, tokens=True)
+    check = outputs.OutputsCheck("F32", CPU, outputs.Wording(), verdict, lambda _: None)
+    margins = torch.tensor([[9.0, 9.0, 9.0], [9.0, margin, 9.0]])
+    truth = outputs._Observed(torch.tensor([[1, 2, 3], [4, 5, 6]]), margins)
+    merged = outputs._Observed(torch.tensor([[1, 2, 3], [4, 7, 8]]))
+    reference = DistanceSum(are_logits=True)
+    reference.add(torch.zeros(1, 2), torch.tensor([[0.0, 0.01]]))  # so 0.08 is a near tie
+    found = check._tokens_astray(truth, merged, reference)
+    assert len(found) == problems
+    assert all("leaves the truth's at token 2 of prompt 2" in text for text in found)

@@ -57,8 +57,15 @@ def check_graph(
     if in_float32:
         note("ONNX Runtime has no bfloat16 here: the graph is checked in float32")
 
+    has_cuda = device.type == "cuda" and _has_cuda()
+    if device.type == "cuda" and not has_cuda:
+        note(
+            "ONNX Runtime has no CUDA here, so the graph is checked on the CPU; for the GPU run: "
+            "pip install 'psoft-export[onnx-gpu]'"
+        )
+
     def opened(task: str | None) -> OnnxModel:
-        where = "cuda" if device.type == "cuda" and _has_cuda() else "cpu"
+        where = "cuda" if has_cuda else "cpu"
         model = load_in_float32(folder) if in_float32 else load(folder, device=where)
         return model.in_task(task)
 

@@ -2,9 +2,9 @@
 
 import importlib.metadata
 import json
-import tempfile
+import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from psoft_export.bases import BasisFinder
 from psoft_export.cache import BasisCache, open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES, parse_dtype
-from psoft_export.checkpoint.output import OutputFolder, check_target
+from psoft_export.checkpoint.output import OutputFolder, check_free_space, check_target
 from psoft_export.checkpoint.reader import file_sha256, open_checkpoint
 from psoft_export.checkpoint.source import Source, resolve
 from psoft_export.device import choose_device
@@ -52,6 +52,7 @@ from psoft_export.verification.inputs import make_inputs
 from psoft_export.verification.models import find_changes
 from psoft_export.verification.text import read_text
 
+_MERGED = ".merged"  # the merged checkpoint, in the scratch folder of the output
 Note = Callable[[str], None]
 _ITEMSIZE = {code: TORCH_DTYPES[code].itemsize for code in ("F32", "F16", "BF16")}
 
@@ -100,6 +101,23 @@ class _Checking:
     text: Path | None
     max_loss_increase: float | None
     note: Note
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is exported.
+
+    Attributes:
+        subject: the model.
+        task: what for.
+        origin: what the manifest says of where it comes from.
+        tasks: the same of each task of the graph.
+    """
+
+    subject: Subject
+    task: Task
+    origin: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def export(
@@ -212,6 +230,8 @@ def export(
         if adapter is None:
             raise UsageError("keep_merged: there is a merged checkpoint only with --adapter")
         check_target(Path(keep_merged).absolute(), overwrite=overwrite)
+        if Path(keep_merged).resolve() == target.resolve():
+            raise UsageError(f"{keep_merged}: cannot be both the merged checkpoint and the export")
 
     def plan(of: str | Path, as_dtype: str | None) -> MergePlan:
         assert base is not None
@@ -228,38 +248,42 @@ def export(
     if model is not None:
         source = resolve(model, companions.CONFIG, base_files, token=token)
         _check_apart(target, source)
-        subject, found = _plain(source, task, None)
-        origin = {"model": _source_of(source), **_merge_of(source.folder)}
-        return _write(target, subject, found, form, checking, origin, overwrite=overwrite)
-    if adapters is not None:
+
+        def prepare(scratch: Path) -> _Prepared:
+            origin = {"model": _source_of(source), **_merge_of(source.folder)}
+            return _Prepared(*_plain(source, task, None), origin)
+
+    elif adapters is not None:
         plans = {name: plan(of, None) for name, of in adapters.items()}
         for one in plans.values():
             check_apart(target, one)
-        return _export_many(
-            target, plans, task, form, checking, trained_on, store, mixed_batch, overwrite=overwrite
-        )
-    assert adapter is not None
-    merging = plan(adapter, dtype)
-    check_apart(target, merging)
-    with _merged_folder(target, keep_merged) as folder:
-        tell("merging")
-        report = execute_merge(
-            merging,
-            folder,
-            device=on,
-            svd_device=trained_on,
-            cache=store,
-            overwrite=overwrite,
-            progress=progress,
-        )
-        subject, found = _plain(Source(folder, folder.name), task, merging.layout.class_name)
-        origin = {
-            "base": report.manifest["base"],
-            "adapter": report.manifest["adapter"],
-            "basis": report.manifest["basis"],
-            "warnings": report.manifest["warnings"],
-        }
-        return _write(target, subject, found, form, checking, origin, overwrite=overwrite)
+
+        def prepare(scratch: Path) -> _Prepared:
+            return _many(plans, task, checking, trained_on, store, mixed_batch=mixed_batch)
+
+    else:
+        assert adapter is not None
+        merging = plan(adapter, dtype)
+        check_apart(target, merging)
+
+        def prepare(scratch: Path) -> _Prepared:
+            tell("merging")
+            folder = Path(keep_merged) if keep_merged is not None else scratch / _MERGED
+            report = execute_merge(
+                merging,
+                folder,
+                device=on,
+                svd_device=trained_on,
+                cache=store,
+                overwrite=overwrite,
+                progress=progress,
+            )
+            names = ("base", "adapter", "basis", "warnings")
+            origin = {name: report.manifest[name] for name in names}
+            merged = Source(folder, folder.name)
+            return _Prepared(*_plain(merged, task, merging.layout.class_name), origin)
+
+    return _write(target, prepare, form, checking, overwrite=overwrite)
 
 
 def _check_what(
@@ -292,29 +316,6 @@ def _check_apart(target: Path, source: Source) -> None:
         raise OutputError(f"{target}: is the model's own folder; choose another output")
 
 
-class _merged_folder:  # noqa: N801
-    """A folder for the merged checkpoint: the one to keep, or one that goes with the block."""
-
-    def __init__(self, target: Path, keep: str | Path | None) -> None:
-        self._keep = Path(keep) if keep is not None else None
-        self._target = target.absolute()
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-
-    def __enter__(self) -> Path:
-        if self._keep is not None:
-            return self._keep
-        parent, prefix = self._target.parent, f".{self._target.name}.merged-"
-        try:
-            self._scratch = tempfile.TemporaryDirectory(dir=parent, prefix=prefix)
-        except OSError as cause:
-            raise OutputError(f"{parent}: cannot be written ({cause.strerror})") from cause
-        return Path(self._scratch.name) / "merged"
-
-    def __exit__(self, *_: object) -> None:
-        if self._scratch is not None:
-            self._scratch.cleanup()
-
-
 def _plain(source: Source, wanted: str | None, class_name: str | None) -> tuple[PlainSubject, Task]:
     """A checkpoint, and the task to export it for."""
     config = read_config(source.folder)
@@ -332,18 +333,16 @@ def _is_of(task: Task, model_class: type, config: Any) -> bool:
     return model_class in (found if isinstance(found, (tuple, list)) else (found,))
 
 
-def _export_many(
-    target: Path,
+def _many(
     plans: Mapping[str, MergePlan],
     wanted: str | None,
-    form: _Form,
     checking: _Checking,
     svd_device: torch.device | None,
     cache: BasisCache | None,
-    mixed_batch: bool,
     *,
-    overwrite: bool,
-) -> OnnxReport:
+    mixed_batch: bool,
+) -> _Prepared:
+    """A base with several tasks."""
     changes, bases = {}, {}
     for name, plan in plans.items():
         checking.note(f"bases of '{name}'")
@@ -379,7 +378,7 @@ def _export_many(
         }
         for name, plan in plans.items()
     }
-    return _write(target, subject, task, form, checking, origin, tasks=tasks, overwrite=overwrite)
+    return _Prepared(subject, task, origin, tasks)
 
 
 def _source_of(source: Source) -> dict[str, Any]:
@@ -399,21 +398,18 @@ def _merge_of(folder: Path) -> dict[str, Any]:
 
 def _write(
     target: Path,
-    subject: Subject,
-    task: Task,
+    prepare: Callable[[Path], _Prepared],
     form: _Form,
     checking: _Checking,
-    origin: Mapping[str, Any],
     *,
-    tasks: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool,
 ) -> OnnxReport:
     """Trace, write, check: everything that is the same for all subjects."""
-    small = subject.companions()
-    graphs = 3 if task.name == "text2text-generation" else 1  # each with weights of its own
-    kept = 2 if form.quantization is not None else 1  # the quantized one beside the float one
-    needed = subject.numbers * _ITEMSIZE[form.code] * graphs * kept + companions.ROOM_BYTES
-    with OutputFolder(target, overwrite=overwrite, needed_bytes=needed) as folder:
+    with OutputFolder(target, overwrite=overwrite) as folder:
+        prepared = prepare(folder.path)
+        subject, task, origin = prepared.subject, prepared.task, prepared.origin
+        check_free_space(folder.path, _needed_bytes(subject, task, form))
+        small = subject.companions()
         companions.write_companions(small, folder.path)
         _write_config(subject, folder.path)
         checking.note("tracing")
@@ -430,7 +426,7 @@ def _write(
             "opset": next(iter(components.values())).program.opset_imports.get(""),
             "fused_for": form.fuse,
             "quantization": None,
-            "tasks": {name: {**of, "file": files[name]} for name, of in (tasks or {}).items()},
+            "tasks": {name: {**of, "file": files[name]} for name, of in prepared.tasks.items()},
             **subject.describe(),
         }
         companions.write_json(folder.path / FILENAME, content)
@@ -448,8 +444,10 @@ def _write(
             _save(components, folder.path)
             quantized = _check(folder.path, subject, form, checking, quantized=True)
             _refuse_unequal(target, quantized)
-        large = [p for p in sorted(folder.path.iterdir()) if p.name not in small]
-        written = [p for p in large if p.name not in (companions.CONFIG, COMPONENTS, FILENAME)]
+        shutil.rmtree(folder.path / _MERGED, ignore_errors=True)
+        others = {*small, companions.CONFIG, COMPONENTS, FILENAME}
+        inside = (path for path in sorted(folder.path.iterdir()) if path.is_file())
+        written = [path for path in inside if path.name not in others]
         content["files"] = {p.name: file_sha256(p, OutputError) for p in written}
         content["verification"] = {name: level.summary() for name, level in checked.items()}
         content["verification_quantized"] = {n: level.summary() for n, level in quantized.items()}
@@ -462,6 +460,13 @@ def _write(
         sizes = {p.name: p.stat().st_size for p in written}
         folder.commit()
     return OnnxReport(target, task.name, sizes, checked, quantized, content)
+
+
+def _needed_bytes(subject: Subject, task: Task, form: _Form) -> int:
+    """The room that the graphs take, each with weights of its own."""
+    graphs = 3 if task.name == "text2text-generation" else 1
+    kept = 2 if form.quantization is not None else 1  # the quantized one beside the float one
+    return subject.numbers * _ITEMSIZE[form.code] * graphs * kept + companions.ROOM_BYTES
 
 
 def _write_config(subject: Subject, folder: Path) -> None:

@@ -39,7 +39,7 @@ _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
 _ERRORS_ONLY = 3
 _CACHE = "past_key_values"
-_NUMPY_TYPES = {
+_DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
     "tensor(bfloat16)": torch.bfloat16,
@@ -181,7 +181,7 @@ class Graph:
         on_host = not tensor.is_floating_point()
         tensor = (tensor.cpu() if on_host else tensor.to(self.device)).contiguous()
         if name in self.inputs and not on_host:
-            tensor = tensor.to(_NUMPY_TYPES[self.inputs[name].type])
+            tensor = tensor.to(_DTYPES[self.inputs[name].type])
         # ONNX Runtime refuses the null pointer of an empty tensor.
         memory = tensor if tensor.numel() else torch.empty(1, dtype=tensor.dtype)
         memory = memory.to(tensor.device)
@@ -227,7 +227,7 @@ class Graph:
     def _empty_cache(self, name: str, rows: int) -> Tensor:
         spec = self.inputs[name]
         _, heads, _, width = spec.shape
-        return torch.empty(rows, heads, 0, width, dtype=_NUMPY_TYPES[spec.type])
+        return torch.empty(rows, heads, 0, width, dtype=_DTYPES[spec.type])
 
 
 class OnnxModel:
