@@ -99,6 +99,10 @@ def onnx_command(
         Path | None,
         typer.Option("--keep-merged", help="Keep the merged checkpoint in this folder."),
     ] = None,
+    unchecked: Annotated[
+        bool,
+        typer.Option("--unchecked", help="Write it also where memory is too small to compare."),
+    ] = False,
     device: DeviceOption = "auto",
     svd_device: SvdDeviceOption = None,
     require_record: RequireRecordOption = False,
@@ -136,6 +140,7 @@ def onnx_command(
             text=text,
             max_loss_increase=max_loss_increase,
             keep_merged=keep_merged,
+            unchecked=unchecked,
             device=device,
             svd_device=svd_device,
             require_record=require_record,

@@ -17,7 +17,7 @@ from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.reader import Checkpoint, file_sha256, open_checkpoint
 from psoft_export.checkpoint.source import Source, resolve
 from psoft_export.device import choose_device
-from psoft_export.errors import CheckpointError, UsageError
+from psoft_export.errors import CheckpointError, UnsupportedError, UsageError
 from psoft_export.manifest import FILENAME, source_record
 from psoft_export.merging import base_files, outputs_warning, plan_merge
 from psoft_export.onnx.folder import COMPONENTS, graph_files, is_graph_folder, read_folder
@@ -190,38 +190,50 @@ def _verify_graph(
     require_onnx()
     from psoft_export.onnx.equivalence import check_graph  # loads ONNX Runtime
     from psoft_export.verification.models import LoadedModel, UnmergedLoader, find_changes
-    from psoft_export.verification.outputs import numbers_beside
+    from psoft_export.verification.outputs import Load, numbers_beside
 
     folder = read_folder(source.folder)
+    loader = UnmergedLoader(plan)
+    if folder.model_class != loader.skeleton.class_name:
+        raise UnsupportedError(
+            f"{source.folder}: is an export of {folder.model_class}, the adapter is of "
+            f"{loader.skeleton.class_name}; an export with another --task cannot be compared"
+        )
     task, problems = folder.task_of(plan.adapter.sha256)
     note("running the models: bases")
     changes = find_changes(plan, bases, device)
-    loader = UnmergedLoader(plan)
 
     def reference(dtype: torch.dtype, on: torch.device) -> LoadedModel:
         return loader.load(changes, dtype, on)
 
+    def base(dtype: torch.dtype, on: torch.device) -> LoadedModel:
+        return loader.load({}, dtype, on)
+
+    # What a task's ΔW does to outputs is told from the base, which such a graph holds too.
+    references: dict[str | None, Load] = {task: reference}
+    if task is not None:
+        references = {None: base, task: reference}
     levels = check_graph(
         source.folder,
-        {task: reference},
+        references,
         loader,
         beside=numbers_beside(plan),
         outside=folder.outside,
-        code=str(folder.manifest["dtype"]),
+        code=folder.dtype,
         text=text,
         device=device,
         note=note,
-        quantized=folder.manifest["quantization"] is not None,
+        quantized=folder.quantization is not None,
     )
-    (outputs,) = levels.values()
+    outputs = levels[task or ""]
     files = {
         name: file_sha256(source.folder / name, CheckpointError)
-        for name in folder.manifest.get("files", {})
+        for name in folder.files
         if (source.folder / name).is_file()
     }
     problems += [
         f"{FILENAME}: {name} has been changed since it was exported, or is missing"
-        for name, sha256 in folder.manifest.get("files", {}).items()
+        for name, sha256 in folder.files.items()
         if files.get(name) != sha256
     ]
     return VerificationReport(

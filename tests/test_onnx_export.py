@@ -17,6 +17,7 @@ from transformers.exporters import ExportedModel
 import psoft_export
 from psoft_export import errors
 from psoft_export.onnx import subjects, tasks, tracing
+from psoft_export.verification import outputs
 from tests import files, models
 from tests.conftest import BUNDLED, EXAMPLES
 
@@ -131,6 +132,10 @@ def test_generates_what_the_merged_model_does(prose: Path) -> None:
         expected = merged.generate(ids, attention_mask=mask, **options)
         torch.manual_seed(1)
         assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected)
+    with torch.no_grad():
+        expected = merged(ids, attention_mask=mask).logits
+    found = model(input_ids=ids.int(), attention_mask=mask.bool()).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
 
 
 def test_transformers_runs_the_folder(prose: Path) -> None:
@@ -210,15 +215,16 @@ def test_half_precision(llama: Path, llama_adapter: Path, tmp_path: Path) -> Non
     for dtype, code in (("fp16", "F16"), ("bf16", "BF16")):
         output = tmp_path / dtype
         fuse = "cuda" if dtype == "fp16" else None
-        report = psoft_export.onnx.export(
-            output, base=llama, adapter=llama_adapter, dtype=dtype, fuse=fuse
-        )
-        level = report.verification[""]
+        what: dict[str, Any] = {"adapter": llama_adapter}
+        if dtype == "bf16":
+            what = {"adapters": {"one": llama_adapter}}
+        report = psoft_export.onnx.export(output, base=llama, **what, dtype=dtype, fuse=fuse)
+        level = list(report.verification.values())[-1]
         assert level.equivalent and level.dtype == code and level.truth == "F32"
         assert level.merged is not None and level.merged.rms > 0
         assert ("in float32" in level.inputs) == (dtype == "bf16")
         weights = (output / "model.onnx.data").stat().st_size
-        assert weights < 2.2 * sum(p.numel() for p in _model(llama).parameters())
+        assert weights < 3 * sum(p.numel() for p in _model(llama).parameters())
     domains = {node.domain for node in onnx_ir.load(tmp_path / "fp16" / "model.onnx").graph}
     assert "com.microsoft" in domains
 
@@ -289,6 +295,11 @@ BAD: dict[str, tuple[dict[str, Any], type[errors.PsoftExportError], str]] = {
         "does not take fused operators",
     ),
     "int4": ({"model": BASE, "quantize": "int4"}, errors.UsageError, "is not int8"),
+    "int8 in half": (
+        {"model": BASE, "quantize": "int8", "dtype": "fp16"},
+        errors.UsageError,
+        "int8 stands beside fp32",
+    ),
     "calibration": ({"model": BASE, "calibration": TEXT}, errors.UsageError, "--quantize"),
     "no text": (
         {"model": BASE, "quantize": "int8", "max_loss_increase": 0.1},
@@ -311,10 +322,39 @@ def test_bad_arguments(case: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kept_folder_is_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", ["onnx", "onnx/merged", "."])
+def test_kept_folder_is_another(kept: str, tmp_path: Path) -> None:
+    output = tmp_path / "in" / "onnx"
+    output.mkdir(parents=True)
+    with pytest.raises(errors.OutputError, match="the folder of the merged checkpoint"):
+        psoft_export.onnx.export(
+            output, base=BASE, adapter=PROSE, keep_merged=tmp_path / "in" / kept, overwrite=True
+        )
+
+
+@pytest.mark.slow
+def test_what_cannot_be_compared_is_written_only_if_asked(
+    llama: Path, llama_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "onnx"
-    with pytest.raises(errors.UsageError, match="cannot be both"):
-        psoft_export.onnx.export(output, base=BASE, adapter=PROSE, keep_merged=output)
+    monkeypatch.setattr(outputs, "available_bytes", lambda _: 0)
+    options: dict[str, Any] = {"model": llama, "task": "feature-extraction"}
+    with pytest.raises(errors.NotEquivalentError, match=r"cannot be compared.*pass --unchecked"):
+        psoft_export.onnx.export(output, **options)
+    assert not output.exists()
+    report = psoft_export.onnx.export(output, **options, unchecked=True)
+    assert "was not compared" in report.manifest["warnings"][0]
+    assert report.manifest["model_class"] == "LlamaModel"
+    assert psoft_export.onnx.load(output)(input_ids=IDS % 100).last_hidden_state.shape == (1, 7, 64)
+    with pytest.raises(errors.UnsupportedError, match="an export of LlamaModel, the adapter is of"):
+        psoft_export.verify(llama, llama_adapter, output)
+
+
+def test_features_of_images(base_folder: Callable[..., Path], tmp_path: Path) -> None:
+    base, output = base_folder("vit"), tmp_path / "onnx"
+    report = psoft_export.onnx.export(output, model=base)
+    assert report.task == "feature-extraction"
+    assert report.verification[""].output == "last_hidden_state"
 
 
 def test_class_of_no_task(llama: Path, tmp_path: Path) -> None:
@@ -322,6 +362,18 @@ def test_class_of_no_task(llama: Path, tmp_path: Path) -> None:
     files.edit_json(folder / "config.json", architectures=["LlamaForChess"])
     with pytest.raises(errors.UnsupportedError, match=r"'LlamaForChess' is of no task.*--task"):
         psoft_export.onnx.export(tmp_path / "onnx", model=folder)
+
+
+def test_loss_of_a_model_that_has_none(base_folder: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(errors.UsageError, match="'feature-extraction' has no loss on a text"):
+        psoft_export.onnx.export(
+            tmp_path / "onnx",
+            model=base_folder("minilm"),
+            quantize="int8",
+            text=TEXT,
+            max_loss_increase=0.1,
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +387,9 @@ def test_output_is_the_model(tmp_path: Path) -> None:
     folder = files.copy_of(BASE, tmp_path / "model")
     with pytest.raises(errors.OutputError, match="own folder"):
         psoft_export.onnx.export(folder, model=folder, overwrite=True)
+    with pytest.raises(errors.OutputError, match="own folder"):
+        psoft_export.onnx.export(tmp_path, model=folder, overwrite=True)
+    assert (folder / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
@@ -372,6 +427,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "format": (lambda f: files.edit_json(f / "psoft_export.json", format="x"), "ONNX export"),
     "fields": (lambda f: files.edit_json(f / "psoft_export.json", tasks=None), "manifests"),
     "components": (lambda f: files.edit_json(f / "export.json", components={}), "names no graph"),
+    "dtype": (lambda f: files.edit_json(f / "psoft_export.json", dtype="F8"), "manifests"),
+    "file": (
+        lambda f: files.edit_json(f / "psoft_export.json", files={"../../secret": ""}),
+        r"psoft_export\.json: names '\.\./\.\./secret', a path outside",
+    ),
     "outside": (
         lambda f: files.edit_json(
             f / "export.json", components={"model": {"file": "../model.onnx", "metadata": {}}}

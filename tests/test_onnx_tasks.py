@@ -131,8 +131,12 @@ def test_each_row_has_its_own_task(
         assert torch.equal(rows[row], alone[0])
         alone = switched.generate(ids[:1], task=task, num_beams=2, **options)
         assert torch.equal(beams[row], alone[0])
-    with pytest.raises(errors.UsageError, match="3 are given for a batch of 4 rows"):
-        model(input_ids=ids, tasks=chosen[:3])
+    for count in (1, 2, 3):
+        words = f"{count} are given for a batch of 4 rows"
+        with pytest.raises(errors.UsageError, match=words):
+            model(input_ids=ids, tasks=chosen[:count])
+        with pytest.raises(errors.UsageError, match=words):
+            model.generate(ids, tasks=chosen[:count], **options)
     with pytest.raises(errors.UnsupportedError, match="whose tasks are within"):
         psoft_export.onnx.add_task(mixed, TASKS["prose"], "more")
 
@@ -307,7 +311,7 @@ def test_tasks_that_cannot_share_a_graph(
     cases: list[tuple[Path, dict[str, Path], type[Exception], str]] = [
         (deberta, {"one": head}, errors.UnsupportedError, "brings whole tensors"),
         (base_folder("t5"), {"one": t5}, errors.UnsupportedError, "an encoder-decoder has three"),
-        (llama, {"../one": llama_adapter}, errors.UsageError, "it names a file"),
+        (llama, {"../one": llama_adapter}, errors.UsageError, "names a file"),
         (llama, {}, errors.UsageError, "at least one task"),
     ]
     for base, adapters, kind, words in cases:
@@ -331,7 +335,7 @@ ADDING: dict[str, tuple[Callable[[Path, Path], None], type[Exception], str]] = {
         "has no basis record",
     ),
     "another base": (
-        lambda graph, _: _edit_subspaces(graph, sha256="0" * 64),
+        lambda graph, _: _edit_subspaces(graph, sha256={"BF16": "0" * 64}),
         errors.MismatchError,
         "recorded with another base than the graph's",
     ),

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir
 import torch
 from torch import Tensor
+from transformers.exporters import OnnxExporter
 
 from psoft_export.adapters.adapter import SubspaceAdapter
 from psoft_export.adapters.basis_record import BasisRecord
@@ -152,7 +153,7 @@ def _write(
     stated: Mapping[str, Any],
     modules: int,
 ) -> AddedTask:
-    """The task's file, then the manifest that names it: cut short, the graph is as it was."""
+    """The task's file, then the manifest that names it: cut short, no task is half there."""
     file = folder.path / f"{name}{ADAPTER_SUFFIX}"
     check_free_space(folder.path, sum(t.nbytes for t in rotations.values()) + 2**20)
     with replacing_file(file) as scratch:
@@ -179,7 +180,7 @@ def _subspaces(folder: GraphFolder) -> dict[str, Subspace]:
     path = folder.path / file
     found: dict[str, Subspace] = {}
     try:
-        initializers = onnx_ir.load(path).graph.initializers
+        initializers = OnnxExporter.load_program(path).graph.initializers
         for module in folder.manifest["subspaces"]:
             right, left = (_values(initializers[f"{module}.{end}"]) for end in (RIGHT, LEFT))
             found[module] = Subspace(left.T.contiguous(), right.T.contiguous())
@@ -204,6 +205,8 @@ def _path(module: str, subspaces: Mapping[str, Subspace], where: str) -> str:
     ending = [path for path in subspaces if path.endswith(f".{module}")]
     if len(ending) == 1:
         return ending[0]
+    if ending:
+        raise MismatchError(f"{where}: may be any of {', '.join(ending)} of the graph")
     raise MismatchError(
         f"{where}: no task of the graph changes it, so the graph has no subspace for it; export "
         "again with this adapter among the tasks"
@@ -211,9 +214,12 @@ def _path(module: str, subspaces: Mapping[str, Subspace], where: str) -> str:
 
 
 def _check_base(record: BasisRecord, module: str, expected: Mapping[str, Any], where: str) -> None:
-    """Check that the record is of the weight that the graph has."""
-    sha256 = expected["sha256"]
-    if sha256 is not None and record.base[module].sha256 != sha256:
+    """Check that the record is of the weight that the graph has.
+
+    Where the graph's records hashed it in another dtype, or not at all, singular values tell.
+    """
+    base = record.base[module]
+    if expected["sha256"].get(base.dtype, base.sha256) != base.sha256:
         raise MismatchError(f"{where}: was recorded with another base than the graph's")
     if list(record.base[module].shape) != list(expected["shape"]):
         raise MismatchError(

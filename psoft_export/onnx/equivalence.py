@@ -4,14 +4,16 @@ The vocabulary and the figures are those of `verification.outputs`. The truth is
 finer dtype, the yardstick PyTorch in the graph's own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from psoft_export.errors import UnsupportedError
-from psoft_export.onnx.runtime import OnnxModel, load, load_in_float32
+from psoft_export.onnx.runtime import OnnxModel, has_cuda, load, load_in_float32
 from psoft_export.verification.figures import OutputsLevel
 from psoft_export.verification.inputs import CannotRunError, make_inputs
 from psoft_export.verification.models import LoadedModel, PlainLoader, UnmergedLoader
@@ -53,23 +55,26 @@ def check_graph(
     Returns:
         The level by task; `""` is the model without one.
     """
-    in_float32 = code == "BF16" and not _runs_bfloat16(folder, device)
-    if in_float32:
-        note("ONNX Runtime has no bfloat16 here: the graph is checked in float32")
-
-    has_cuda = device.type == "cuda" and _has_cuda()
-    if device.type == "cuda" and not has_cuda:
+    where = str(device) if device.type == "cuda" and has_cuda() else "cpu"
+    if device.type == "cuda" and where == "cpu":
         note(
             "ONNX Runtime has no CUDA here, so the graph is checked on the CPU; for the GPU run: "
             "pip install 'psoft-export[onnx-gpu]'"
         )
+    # Its CPU provider has almost no operator for bfloat16.
+    in_float32 = code == "BF16" and where == "cpu"
+    if in_float32:
+        note("ONNX Runtime has no bfloat16 on the CPU: the graph is checked in float32")
 
-    def opened(task: str | None) -> OnnxModel:
-        where = "cuda" if has_cuda else "cpu"
-        model = load_in_float32(folder) if in_float32 else load(folder, device=where)
-        return model.in_task(task)
+    @cache
+    def model() -> OnnxModel:
+        try:
+            return load_in_float32(folder) if in_float32 else load(folder, device=where)
+        except UnsupportedError as cause:
+            raise CannotRunError(str(cause)) from cause
 
     levels = {}
+    without: Sequence[Tensor] = ()
     for task, reference in references.items():
         of_task = f" of '{task}'" if task is not None else ""
         wording = Wording(
@@ -83,10 +88,7 @@ def check_graph(
         check = OutputsCheck(code, device, wording, rule, note)
 
         def checked(_: torch.dtype, __: torch.device, task: str | None = task) -> LoadedModel:
-            try:
-                return LoadedModel(opened(task), frozenset())
-            except UnsupportedError as cause:
-                raise CannotRunError(str(cause)) from cause
+            return LoadedModel(model().in_task(task), frozenset())
 
         try:
             inputs = make_inputs(loader.skeleton, folder, text, of_graph=True)
@@ -94,7 +96,9 @@ def check_graph(
         except CannotRunError as reason:
             levels[task or ""] = check.not_run(str(reason))
             continue
-        level = check.level(inputs, reference, checked)
+        level = check.level(inputs, reference, checked, without)
+        if task is None:
+            without = check.truth_outputs
         if in_float32 and level.skipped is None:
             words = f"{level.inputs}; the graph in float32, for want of bfloat16"
             level = replace(level, inputs=words)
@@ -107,26 +111,10 @@ def check_graph(
 def _bounded(level: OutputsLevel, allowed: float) -> OutputsLevel:
     """The level, unfit where the loss grew by more than is allowed."""
     if level.losses is None:
-        return level
+        problem = "outputs: this model gave no loss to compare"
+        return replace(level, problems=(*level.problems, problem))
     grown = level.losses["merged"] - level.losses["truth"]
     if grown <= allowed:
         return level
     problem = f"outputs: the loss grows by {grown:.3g} nats per token; {allowed:g} are allowed"
     return replace(level, problems=(*level.problems, problem))
-
-
-def _has_cuda() -> bool:
-    import onnxruntime
-
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-
-
-def _runs_bfloat16(folder: Path, device: torch.device) -> bool:
-    """Whether ONNX Runtime runs the folder's graphs as they are."""
-    if device.type != "cuda" or not _has_cuda():
-        return False  # its CPU provider has almost no operator for it
-    try:
-        load(folder, device="cuda")
-    except UnsupportedError:
-        return False
-    return True

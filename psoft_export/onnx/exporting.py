@@ -100,6 +100,7 @@ class _Checking:
     device: torch.device
     text: Path | None
     max_loss_increase: float | None
+    unchecked: bool
     note: Note
 
 
@@ -137,6 +138,7 @@ def export(
     text: str | Path | None = None,
     max_loss_increase: float | None = None,
     keep_merged: str | Path | None = None,
+    unchecked: bool = False,
     device: str = "auto",
     svd_device: str | None = None,
     require_record: bool = False,
@@ -177,6 +179,8 @@ def export(
         max_loss_increase: with `quantize` and `text`: refuse a larger increase of the loss, in
             nats per token.
         keep_merged: folder to keep the merged checkpoint in.
+        unchecked: write the folder also where the models cannot be compared, for want of memory
+            say; it then says so.
         device: where the merge and the PyTorch models run; ONNX Runtime also runs there.
         svd_device: as for `merge`.
         require_record: as for `merge`.
@@ -217,12 +221,15 @@ def export(
     check_opset(opset)
     quantization = Quantization.asked(quantize, calibration)
     form = _Form(parse_dtype(dtype), opset, fuse, quantization)
+    if quantization is not None and form.code != "F32":
+        raise UsageError(f"quantize, dtype: int8 stands beside fp32, not {dtype}")
     if text is not None:
         read_text(Path(text))  # refused now rather than at the end
     tell = note or (lambda _: None)
     on = choose_device(device)
     trained_on = choose_device(svd_device) if svd_device is not None else None
-    checking = _Checking(on, Path(text) if text is not None else None, max_loss_increase, tell)
+    on_text = Path(text) if text is not None else None
+    checking = _Checking(on, on_text, max_loss_increase, unchecked, tell)
     store = open_cache(cache_dir) if cache else None
     target = Path(output)
     check_target(target.absolute(), overwrite=overwrite)
@@ -230,8 +237,7 @@ def export(
         if adapter is None:
             raise UsageError("keep_merged: there is a merged checkpoint only with --adapter")
         check_target(Path(keep_merged).absolute(), overwrite=overwrite)
-        if Path(keep_merged).resolve() == target.resolve():
-            raise UsageError(f"{keep_merged}: cannot be both the merged checkpoint and the export")
+        _check_apart(target, Path(keep_merged), "the folder of the merged checkpoint")
 
     def plan(of: str | Path, as_dtype: str | None) -> MergePlan:
         assert base is not None
@@ -247,7 +253,7 @@ def export(
 
     if model is not None:
         source = resolve(model, companions.CONFIG, base_files, token=token)
-        _check_apart(target, source)
+        _check_apart(target, source.folder, "the model's own folder")
 
         def prepare(scratch: Path) -> _Prepared:
             origin = {"model": _source_of(source), **_merge_of(source.folder)}
@@ -311,9 +317,15 @@ def _check_what(
         raise UsageError("mixed_batch: needs named tasks; pass --adapter NAME=FOLDER")
 
 
-def _check_apart(target: Path, source: Source) -> None:
-    if target.resolve() == source.folder.resolve():
-        raise OutputError(f"{target}: is the model's own folder; choose another output")
+def _check_apart(target: Path, other: Path, what: str) -> None:
+    """Check that what is written does not replace, or lie in, a folder that is needed.
+
+    Raises:
+        OutputError: it does.
+    """
+    output, folder = target.resolve(), other.resolve()
+    if output == folder or output in folder.parents or folder in output.parents:
+        raise OutputError(f"{target}: is, holds or lies in {what} ({other}); choose another output")
 
 
 def _plain(source: Source, wanted: str | None, class_name: str | None) -> tuple[PlainSubject, Task]:
@@ -408,6 +420,8 @@ def _write(
     with OutputFolder(target, overwrite=overwrite) as folder:
         prepared = prepare(folder.path)
         subject, task, origin = prepared.subject, prepared.task, prepared.origin
+        if checking.max_loss_increase is not None and task.name != "text-generation":
+            raise UsageError(f"max_loss_increase: '{task.name}' has no loss on a text")
         check_free_space(folder.path, _needed_bytes(subject, task, form))
         small = subject.companions()
         companions.write_companions(small, folder.path)
@@ -432,7 +446,7 @@ def _write(
         companions.write_json(folder.path / FILENAME, content)
         _save(components, folder.path)
         checked = _check(folder.path, subject, form, checking)
-        _refuse_unequal(target, checked)
+        _refuse_unequal(target, checked, unchecked=checking.unchecked)
         quantized: dict[str, OutputsLevel] = {}
         if form.quantization is not None:
             checking.note(f"quantizing to {form.quantization.name}")
@@ -443,7 +457,7 @@ def _write(
             companions.write_json(folder.path / FILENAME, content)
             _save(components, folder.path)
             quantized = _check(folder.path, subject, form, checking, quantized=True)
-            _refuse_unequal(target, quantized)
+            _refuse_unequal(target, quantized, unchecked=checking.unchecked)
         shutil.rmtree(folder.path / _MERGED, ignore_errors=True)
         others = {*small, companions.CONFIG, COMPONENTS, FILENAME}
         inside = (path for path in sorted(folder.path.iterdir()) if path.is_file())
@@ -531,8 +545,14 @@ def _check(
     )
 
 
-def _refuse_unequal(target: Path, levels: Mapping[str, OutputsLevel]) -> None:
+def _refuse_unequal(target: Path, levels: Mapping[str, OutputsLevel], *, unchecked: bool) -> None:
     for task, level in levels.items():
+        if level.skipped is not None and not unchecked:
+            raise NotEquivalentError(
+                f"{target}: cannot be compared with PyTorch, so nothing was written: "
+                f"{level.skipped}; pass --unchecked to write it all the same",
+                levels,
+            )
         if not level.equivalent:
             where = f"task '{task}': " if task else ""
             raise NotEquivalentError(

@@ -1,6 +1,7 @@
 """The folder of an export: which files it has, and what `psoft_export.json` says of them."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,17 @@ if TYPE_CHECKING:
 FORMAT = "psoft-export-onnx"
 FORMAT_VERSION = 1
 COMPONENTS = "export.json"  # of transformers: each graph's file, and what its exporter recorded
+DTYPES = ("F32", "F16", "BF16")
+QUANTIZATIONS = ("int8, dynamic", "int8, static")
+# Of ΔW. Two float32 SVDs of one base are below 2e-3 apart; another base's subspace is all of it.
+LARGEST_OUTSIDE = 0.01
 TASK_IDS = "task_ids"
 ADAPTER_SUFFIX = ".onnx_adapter"
 ROTATION = "rotation"  # of one task, (R − I)ᵀ; the parameter's name in its module
 ROTATIONS = "rotations"  # of all tasks, stacked; row 0 is the base
 LEFT = "subspace_left"
 RIGHT = "subspace_right"
-_FORBIDDEN = set("/\\:\0")
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class GraphFolder:
             MismatchError: the graph has several tasks, and the adapter is none of them.
         """
         if not self.manifest["tasks"]:
-            stated = (self.manifest.get("adapter") or {}).get("sha256", {})
+            stated = self.manifest.get("adapter", {}).get("sha256", {})
             if any(stated.get(name, known) != known for name, known in sha256.items()):
                 return None, [f"{FILENAME}: the export was made from another adapter"]
             return None, []
@@ -80,6 +85,27 @@ class GraphFolder:
     def mixed_batch(self) -> bool:
         """Whether each row of a batch has its own task."""
         return bool(self.manifest["mixed_batch"])
+
+    @property
+    def model_class(self) -> str:
+        """The model class that the graph is of."""
+        return str(self.manifest["model_class"])
+
+    @property
+    def dtype(self) -> str:
+        """Dtype code of the graph."""
+        return str(self.manifest["dtype"])
+
+    @property
+    def quantization(self) -> str | None:
+        """How its weights are quantized, or None."""
+        found: str | None = self.manifest["quantization"]
+        return found
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Name → SHA-256 of each graph, its weights and the tasks."""
+        return dict(self.manifest["files"])
 
     @property
     def generates(self) -> bool:
@@ -119,15 +145,17 @@ def read_folder(path: Path) -> GraphFolder:
     exported = _read(path / COMPONENTS)
     try:
         components = {
-            str(name): (_inside(path, entry["file"]), ExportMetadata.from_dict(entry["metadata"]))
+            str(name): (
+                _inside(path, entry["file"], COMPONENTS),
+                ExportMetadata.from_dict(entry["metadata"]),
+            )
             for name, entry in exported["components"].items()
         }
-        for task in manifest["tasks"].values():
-            if task["file"] is not None:
-                _inside(path, task["file"])
-            if not 0 <= float(task["outside"]) <= 1:
-                raise ValueError(task["outside"])
-        _ = manifest["mixed_batch"], manifest["task"]
+        manifest.setdefault("files", {})  # which are hashed last
+        _check_fields(manifest)
+        tasks = [task["file"] for task in manifest["tasks"].values()]
+        for name in (*manifest["files"], *filter(None, tasks)):
+            _inside(path, name, FILENAME)
     except (KeyError, TypeError, ValueError, AttributeError) as cause:
         raise CheckpointError(f"{path}: its manifests are not those of an ONNX export") from cause
     if not components:
@@ -141,12 +169,39 @@ def check_task_name(name: str) -> None:
     Raises:
         UsageError: it cannot.
     """
-    if not name or name.startswith(".") or _FORBIDDEN & set(name) or not name.isprintable():
-        raise UsageError(f"task '{name}': a name is letters, digits, '-' and '_'; it names a file")
+    if not _TASK_NAME.fullmatch(name):
+        raise UsageError(
+            f"task '{name}': names a file, so it is letters, digits, '.', '-' and '_', at most 100"
+        )
 
 
-def _inside(folder: Path, name: Any) -> str:
-    member(folder, str(name), COMPONENTS, CheckpointError)
+def _check_fields(manifest: Mapping[str, Any]) -> None:
+    """Check every field of a manifest that is used.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: one is missing, or no such thing.
+    """
+    sources = [manifest.get("adapter", {"sha256": {}})]
+    for task in manifest["tasks"].values():
+        sources.append(task["adapter"])
+        if not 0 <= float(task["outside"]) <= LARGEST_OUTSIDE:
+            raise ValueError(task["outside"])
+    expected = (
+        (manifest["dtype"], str),
+        (manifest["task"], str),
+        (manifest["model_class"], str),
+        (manifest["mixed_batch"], bool),
+        (manifest["files"], dict),
+        *((source["sha256"], dict) for source in sources),
+    )
+    if not all(isinstance(value, kind) for value, kind in expected):
+        raise TypeError
+    if manifest["dtype"] not in DTYPES or manifest["quantization"] not in (None, *QUANTIZATIONS):
+        raise ValueError(manifest["dtype"])
+
+
+def _inside(folder: Path, name: Any, origin: str) -> str:
+    member(folder, str(name), origin, CheckpointError)
     return str(name)
 
 

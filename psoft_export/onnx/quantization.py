@@ -18,7 +18,8 @@ from psoft_export.errors import UnsupportedError, UsageError, first_line
 from psoft_export.onnx.subjects import kept_in_float
 from psoft_export.verification.text import read_text
 
-_PRODUCTS = ["MatMul"]
+_PRODUCTS = ["MatMul", "Gemm"]
+_INT8 = (onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8)
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,17 @@ def quantize_program(
         "reduce_range": True,
         "nodes_to_exclude": kept_in_float(program),
     }
+    # Products of two activations (queries and keys) stay in floating point.
+    extra = {"DefaultTensorType": int(onnx_ir.DataType.FLOAT), "MatMulConstBOnly": True}
     config: OnnxRuntimeDynamicConfig | OnnxRuntimeStaticConfig
     if quantization.calibration is None:
-        config = OnnxRuntimeDynamicConfig(**more, extra_options={"DefaultTensorType": 1})
+        config = OnnxRuntimeDynamicConfig(**more, extra_options=extra)
     else:
         config = OnnxRuntimeStaticConfig(
             **more,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            extra_options={"DefaultTensorType": 1},
+            extra_options=extra,
         )
     try:
         quantizer = OnnxRuntimeQuantizer(config, calibration_dataset=samples or None)
@@ -94,4 +97,7 @@ def quantize_program(
         raise UnsupportedError(
             f"the graph: ONNX Runtime cannot quantize it ({first_line(cause)})"
         ) from cause
+    weights = (value.const_value for value in found.graph.initializers.values())
+    if not any(w is not None and w.dtype in _INT8 and len(w.shape) == 2 for w in weights):
+        raise UnsupportedError("the graph: holds no product with a weight that could be int8")
     return found

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import AutoConfig, GenerationConfig, GenerationMixin
-from transformers.exporters import ExportMetadata
+from transformers.exporters import ExportMetadata, OnnxExporter
 from transformers.exporters.metadata import load_treespec
 from transformers.exporters.utils import onnx_inputs
 
 from psoft_export.checkpoint.companions import CONFIG
+from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 from psoft_export.errors import (
     CheckpointError,
     MismatchError,
@@ -78,7 +79,7 @@ def load_in_float32(folder: Path) -> "OnnxModel":
     kind = OnnxModelForGeneration if found.generates else OnnxModel
     graphs = {}
     for name, (file, metadata) in found.components.items():
-        program = onnx_ir.load(found.path / file)
+        program = OnnxExporter.load_program(found.path / file)
         onnx_ir.external_data.load_to_model(program)
         widen_bfloat16(program)
         with tempfile.TemporaryDirectory(prefix="psoft-export-") as folder_of_twin:
@@ -95,15 +96,24 @@ def providers(device: str) -> list[Any]:
     Raises:
         UsageError: there is no such device, or no CUDA.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device '{device}': is not auto, cpu or cuda")
-    has_cuda = _CUDA in onnxruntime.get_available_providers() and torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (
+        number and not (kind == "cuda" and number.isdigit())
+    ):
+        raise UsageError(f"device '{device}': is not auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not has_cuda():
         raise UsageError(
             "device 'cuda': ONNX Runtime has no CUDA here; on a machine with an NVIDIA GPU run: "
             "pip install 'psoft-export[onnx-gpu]'"
         )
-    return [_CUDA, _CPU] if has_cuda and device != "cpu" else [_CPU]
+    if kind == "cpu" or not has_cuda():
+        return [_CPU]
+    return [(_CUDA, {"device_id": number or "0"}), _CPU]
+
+
+def has_cuda() -> bool:
+    """Whether ONNX Runtime and a GPU have CUDA here."""
+    return _CUDA in onnxruntime.get_available_providers() and torch.cuda.is_available()
 
 
 @dataclass
@@ -122,11 +132,15 @@ class Graph:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         overridable = self.session.get_overridable_initializers()
         self.overridable = {value.name: tuple(value.shape) for value in overridable}
+        takes = (*self.inputs.values(), *overridable)
+        self._dtypes = {value.name: _DTYPES[value.type] for value in takes}
         self._outputs = [value.name for value in self.session.get_outputs()]
         self._spec = load_treespec(self.metadata.out_spec or "")
         self._constants = dict(self.metadata.out_constants)
-        on_cuda = self.session.get_providers()[0] == _CUDA
-        self.device = torch.device("cuda", 0) if on_cuda else torch.device("cpu")
+        self.device = torch.device("cpu")
+        if self.session.get_providers()[0] == _CUDA:
+            options = self.session.get_provider_options()[_CUDA]
+            self.device = torch.device("cuda", int(options["device_id"]))
 
     @classmethod
     def open(cls, path: Path, metadata: ExportMetadata, on: list[Any]) -> "Graph":
@@ -142,7 +156,7 @@ class Graph:
             session = onnxruntime.InferenceSession(str(path), options, providers=on)
         except Exception as cause:  # ONNX Runtime raises errors of many kinds
             raise UnsupportedError(
-                f"{path}: ONNX Runtime cannot run it on {on[0]} ({first_line(cause)})"
+                f"{path}: ONNX Runtime cannot run it on {_name(on[0])} ({first_line(cause)})"
             ) from cause
         return cls(session, metadata)
 
@@ -177,11 +191,10 @@ class Graph:
 
     def _bind(self, binding: Any, name: str, tensor: Tensor) -> Tensor:
         """Bind an input; returns the memory that must live until the run is over."""
+        tensor = tensor.to(self._dtypes[name])
         # Integers stay on the host: ONNX Runtime computes shapes from them there.
         on_host = not tensor.is_floating_point()
         tensor = (tensor.cpu() if on_host else tensor.to(self.device)).contiguous()
-        if name in self.inputs and not on_host:
-            tensor = tensor.to(_DTYPES[self.inputs[name].type])
         # ONNX Runtime refuses the null pointer of an empty tensor.
         memory = tensor if tensor.numel() else torch.empty(1, dtype=tensor.dtype)
         memory = memory.to(tensor.device)
@@ -200,23 +213,21 @@ class Graph:
         return dict(onnx_inputs(list(self.inputs), self._with_defaults(dict(arguments))))
 
     def _with_defaults(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        ids = arguments.get("input_ids")
-        if ids is None:
-            states = arguments.get("encoder_outputs")
-            if states is not None and arguments.get("attention_mask") is None:
-                rows, length = states.last_hidden_state.shape[:2]
-                arguments["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
+        ids, states = arguments.get("input_ids"), arguments.get("encoder_outputs")
+        if states is not None and arguments.get("attention_mask") is None:
+            rows, length = states.last_hidden_state.shape[:2]
+            arguments["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
+        if states is not None or ids is None:
             return arguments
         given = onnx_inputs(list(self.inputs), arguments)
         caches = [name for name in self.inputs if name.startswith(f"{_CACHE}.")]
         past = given[caches[0]].shape[2] if caches and caches[0] in given else 0
-        mask = arguments.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.long)
-            arguments["attention_mask"] = mask
+        rows, length = ids.shape
+        if arguments.get("attention_mask") is None:
+            arguments["attention_mask"] = torch.ones(rows, past + length, dtype=torch.long)
         if "position_ids" in self.inputs and arguments.get("position_ids") is None:
-            positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-            arguments["position_ids"] = positions[:, -ids.shape[1] :]
+            # As the models do: the mask is no part of it.
+            arguments["position_ids"] = torch.arange(past, past + length).expand(rows, length)
         if "token_type_ids" in self.inputs and arguments.get("token_type_ids") is None:
             arguments["token_type_ids"] = torch.zeros_like(ids)
         if caches and not past:
@@ -228,6 +239,10 @@ class Graph:
         spec = self.inputs[name]
         _, heads, _, width = spec.shape
         return torch.empty(rows, heads, 0, width, dtype=_DTYPES[spec.type])
+
+
+def _name(provider: Any) -> str:
+    return str(provider[0] if isinstance(provider, tuple) else provider)
 
 
 class OnnxModel:
@@ -248,11 +263,12 @@ class OnnxModel:
         self._graphs = graphs
         self._task: str | None = None
         self._rows_of_tasks: Tensor | None = None
+        self._copies_rows = False  # generation makes several rows of one
         self._rotations: dict[str, dict[str, Tensor]] = {}
         self.tasks = tuple(folder.tasks)
         first = next(iter(graphs.values()))
         self.device = first.device
-        self.dtype = getattr(torch, first.metadata.export_dtype or "float32")
+        self.dtype = TORCH_DTYPES[folder.dtype]
         try:
             self.config = AutoConfig.from_pretrained(
                 folder.path, local_files_only=True, trust_remote_code=False
@@ -360,8 +376,6 @@ class OnnxModel:
         self._rows_of_tasks = None
         if tasks is not None:
             self._rows_of_tasks = torch.tensor([numbers[t] if t else 0 for t in tasks])
-        elif self._folder.mixed_batch and task is not None:
-            self._rows_of_tasks = torch.tensor([numbers[task]])
         try:
             yield
         finally:
@@ -379,10 +393,9 @@ class OnnxModel:
         """The task of each row; those of a beam search have several rows each."""
         chosen = self._rows_of_tasks
         if chosen is None:
-            return torch.zeros(rows, dtype=torch.long)
-        if len(chosen) == 1:
-            return chosen.expand(rows)
-        if rows % len(chosen):
+            number = 0 if self._task is None else 1 + self.tasks.index(self._task)
+            return torch.full((rows,), number)
+        if rows % len(chosen) or (rows > len(chosen) and not self._copies_rows):
             raise UsageError(f"tasks: {len(chosen)} are given for a batch of {rows} rows")
         return chosen.repeat_interleave(rows // len(chosen))
 
@@ -457,9 +470,16 @@ class OnnxModelForGeneration(OnnxModel, GenerationMixin):
             tasks: as of `__call__`.
             options: as of transformers.
         """
+        prompts = next((a for a in (*arguments, options.get("input_ids")) if a is not None), None)
+        if tasks is not None and isinstance(prompts, Tensor) and len(prompts) != len(tasks):
+            raise UsageError(f"tasks: {len(tasks)} are given for a batch of {len(prompts)} rows")
+        generate: Any = GenerationMixin.generate
         with self.using(task, tasks):
-            generate: Any = GenerationMixin.generate
-            return generate(self, *arguments, **options)
+            self._copies_rows = True
+            try:
+                return generate(self, *arguments, **options)
+            finally:
+                self._copies_rows = False
 
 
 class _Encoder:

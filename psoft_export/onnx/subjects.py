@@ -215,16 +215,19 @@ class ManyTasksSubject:
         return files
 
     def describe(self) -> dict[str, Any]:
-        """See `Subject`; of each subspace also the weight that it is of, where a record says."""
+        """See `Subject`; of each subspace also the weight that it is of, where a record says.
+
+        A record's hash is of the weight in the dtype that training had it in.
+        """
         found: dict[str, Any] = {}
         for path, subspace in self.subspaces.items():
             shape = [len(subspace.left), subspace.right.shape[1]]
-            found[path] = {"rank": subspace.rank, "shape": shape, "sha256": None}
+            found[path] = {"rank": subspace.rank, "shape": shape, "sha256": {}}
         for plan in self.plans.values():
             record = plan.adapter.record
             for module, base in (record.base if record is not None else {}).items():
                 if (path := self.skeleton.module_path(module)) in found:
-                    found[path]["sha256"] = base.sha256
+                    found[path]["sha256"][base.dtype] = base.sha256
         return {"mixed_batch": self.mixed, "subspaces": found}
 
     def sample(self, sample: Sample) -> Sample:

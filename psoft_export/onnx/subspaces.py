@@ -14,10 +14,7 @@ from psoft_export.basis.svd import Basis
 from psoft_export.changes.change import WeightChange
 from psoft_export.changes.subspace import SubspaceRotation
 from psoft_export.errors import MismatchError, UnsupportedError
-from psoft_export.onnx.folder import LEFT, RIGHT, ROTATION, ROTATIONS
-
-# Of ΔW. Two float32 SVDs of one base are below 2e-3 apart; another base's subspace is all of it.
-LARGEST_OUTSIDE = 0.01
+from psoft_export.onnx.folder import LARGEST_OUTSIDE, LEFT, RIGHT, ROTATION, ROTATIONS
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ class SwitchedLinear(nn.Module):
         setattr(self, RIGHT, _parameter(subspace.right.T, dtype))
         setattr(self, LEFT, _parameter(subspace.left.T, dtype))
         # What is traced must differ by layer: equal initializers would become one.
-        setattr(self, ROTATION, _parameter(torch.randn(subspace.rank, subspace.rank), dtype))
+        setattr(self, ROTATION, _parameter(subspace.right[:, : subspace.rank], dtype))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs × in → the layer's output, rotation included."""

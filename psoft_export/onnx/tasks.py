@@ -97,10 +97,8 @@ def find_task(config: PretrainedConfig, class_name: str | None, wanted: str | No
         classes = found if isinstance(found, (tuple, list)) else (found,)
         if any(one.__name__ == class_name for one in classes):
             return task
-    raise UnsupportedError(
-        f"config.json: '{class_name}' is of no task that is exported; these are "
-        f"{', '.join(TASKS)} (--task)"
-    )
+    names = f"'{class_name}' is of no task that is exported" if class_name else "no model class"
+    raise UnsupportedError(f"config.json: {names}; tasks are {', '.join(TASKS)} (--task)")
 
 
 def _decoder(model: PreTrainedModel) -> dict[str, Sample]:
@@ -134,6 +132,21 @@ def _encoder(model: PreTrainedModel) -> dict[str, Sample]:
     if "use_cache" in _parameters(model):
         arguments["use_cache"] = False
     return {"model": Sample(arguments, axes)}
+
+
+def _features(model: PreTrainedModel) -> dict[str, Sample]:
+    """One graph over what the model reads.
+
+    Raises:
+        UnsupportedError: neither tokens nor images.
+    """
+    if model.main_input_name == "pixel_values":
+        return _images(model)
+    if model.main_input_name != "input_ids":
+        raise UnsupportedError(
+            f"{type(model).__name__}: reads '{model.main_input_name}', neither tokens nor images"
+        )
+    return _encoder(model)
 
 
 def _images(model: PreTrainedModel) -> dict[str, Sample]:
@@ -222,6 +235,6 @@ TASKS = {
             transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
             _images,
         ),
-        Task("feature-extraction", transformers.MODEL_MAPPING, _encoder),
+        Task("feature-extraction", transformers.MODEL_MAPPING, _features),
     )
 }

@@ -5,7 +5,7 @@ time. Which inputs, `inputs` says; how models are made, `models`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,8 +76,8 @@ class Verdict:
         factor: the root mean square of the differences from the truth may be this many times
             that of the reference.
         left_out: the share of ΔW that the checked model is known to leave out; as large a share
-            of the standard deviation of the truth's outputs counts as the reference's own error.
-        spread: or this share of that standard deviation, if that is more.
+            of what ΔW does to the outputs counts as the reference's own error.
+        spread: or this share of the standard deviation of the truth's outputs, if that is more.
         tokens: whether greedy generation must follow the truth, near ties apart.
     """
 
@@ -219,20 +219,34 @@ class OutputsCheck:
         self._truth_code = "F64" if code == "F32" else "F32"
         self._inputs: Inputs
         self._truth = _Truth()
+        self._without: Sequence[Tensor] = ()
         self._thinned = False
 
-    def level(self, inputs: Inputs, reference: Load, checked: Load) -> OutputsLevel:
+    @property
+    def truth_outputs(self) -> list[Tensor]:
+        """Of each batch, positions × outputs of the truth, once it was run."""
+        return self._truth.outputs
+
+    def level(
+        self,
+        inputs: Inputs,
+        reference: Load,
+        checked: Load,
+        without: Sequence[Tensor] = (),
+    ) -> OutputsLevel:
         """Run everything and compare.
 
         Args:
             inputs: what the models are run on.
             reference: loads the reference in a dtype; the truth too.
             checked: loads the model that is checked.
+            without: `truth_outputs` of the same inputs without ΔW, where some of it is left out.
 
         Raises:
             CheckpointError: the reference cannot be loaded.
         """
         self._inputs = inputs
+        self._without = without
         try:
             with full_precision():
                 return self._compared(reference, checked)
@@ -323,6 +337,7 @@ class OutputsCheck:
             f"outputs: {words.checked} is {merged.rms:.3g} from the {self._truth_code} truth "
             f"(root mean square of Δ{self._unit}), {times} the {allowed:.3g} of "
             f"{words.reference} in {self._code}; at most {self._rule.factor:g} times is rounding"
+            + (f" (and {self._left_out:.2g} is known to be left out)" if self._left_out else "")
         )
 
     def _beyond_spread(self, distance: float, allowed: float) -> str:
@@ -335,7 +350,13 @@ class OutputsCheck:
     @property
     def _left_out(self) -> float:
         """What outputs lack for what the checked model is known to leave out, first order."""
-        return self._rule.left_out * self._truth.spread() if self._rule.left_out else 0.0
+        if not self._rule.left_out or not self._without:
+            return 0.0
+        effect = DistanceSum(are_logits=False)
+        for truth, without in zip(self._truth.outputs, self._without, strict=True):
+            effect.add(truth, without)
+        found = effect.result()
+        return self._rule.left_out * found.rms if found is not None else 0.0
 
     @property
     def _unit(self) -> str:
