@@ -99,7 +99,7 @@ class GraphFolder:
     @property
     def quantization(self) -> str | None:
         """How its weights are quantized, or None."""
-        found: str | None = self.manifest["quantization"]
+        found: str | None = self.manifest.get("quantization")
         return found
 
     @property
@@ -196,7 +196,7 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
     )
     if not all(isinstance(value, kind) for value, kind in expected):
         raise TypeError
-    if manifest["dtype"] not in DTYPES or manifest["quantization"] not in (None, *QUANTIZATIONS):
+    if manifest["dtype"] not in DTYPES or manifest.get("quantization") not in (None, *QUANTIZATIONS):
         raise ValueError(manifest["dtype"])
 
 
