@@ -196,8 +196,10 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
     )
     if not all(isinstance(value, kind) for value, kind in expected):
         raise TypeError
-    if manifest["dtype"] not in DTYPES or manifest.get("quantization") not in (None, *QUANTIZATIONS):
+    if manifest["dtype"] not in DTYPES:
         raise ValueError(manifest["dtype"])
+    if manifest.get("quantization") not in (None, *QUANTIZATIONS):
+        raise ValueError(manifest["quantization"])
 
 
 def _inside(folder: Path, name: Any, origin: str) -> str:
