@@ -11,7 +11,11 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DebertaV2ForMaskedLM,
+    DebertaV2ForTokenClassification,
+)
 from transformers.exporters import ExportedModel
 
 import psoft_export
@@ -348,6 +352,27 @@ def test_what_cannot_be_compared_is_written_only_if_asked(
     assert psoft_export.onnx.load(output)(input_ids=IDS % 100).last_hidden_state.shape == (1, 7, 64)
     with pytest.raises(errors.UnsupportedError, match="an export of LlamaModel, the adapter is of"):
         psoft_export.verify(llama, llama_adapter, output)
+
+
+@pytest.mark.parametrize("task", ["token-classification", "fill-mask"])
+@pytest.mark.slow
+def test_other_tasks_of_an_encoder(task: str, tmp_path: Path) -> None:
+    family = models.FAMILIES["deberta"]
+    assert family.config is not None
+    classes = {
+        "token-classification": DebertaV2ForTokenClassification,
+        "fill-mask": DebertaV2ForMaskedLM,
+    }
+    torch.manual_seed(0)
+    model = classes[task](family.config()).eval()
+    model.save_pretrained(tmp_path / "model")
+    report = psoft_export.onnx.export(tmp_path / "onnx", model=tmp_path / "model")
+    assert report.task == task and report.verification[""].output == "logits"
+    inputs = family.inputs()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    found = psoft_export.onnx.load(tmp_path / "onnx")(**inputs).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_features_of_images(base_folder: Callable[..., Path], tmp_path: Path) -> None:

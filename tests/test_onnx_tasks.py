@@ -215,8 +215,9 @@ def test_core_says_what_lies_outside() -> None:
     scaled = left[:, :16] * values
     options = BasisOptions(4, 1.0)
     subspace = Subspace.of(Basis(right[:4], scaled[:, :4]), 1.0)
-    weight = 0.3 * torch.randn(4, 4, generator=generator)
-    parameters = RotationParameters(4, torch.eye(4) + weight, orthogonal=False)
+    turn = (torch.eye(4) + 0.3 * torch.randn(4, 4, generator=generator)).double()
+    weight = turn - torch.eye(4)
+    parameters = RotationParameters(4, turn, orthogonal=False)
     same = SubspaceRotation(parameters, Basis(right[:4], scaled[:, :4]), options)
     core, outside = subspace.core(same, "same")
     torch.testing.assert_close(core, weight.double(), atol=1e-12, rtol=1e-12)

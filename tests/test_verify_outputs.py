@@ -463,7 +463,7 @@ def test_steps_are_reported_and_settings_left_alone(
         "bases",
         "base and adapter in F64, the truth",
         "base and adapter in F32",
-        "the merged one in F32",
+        "the merged model in F32",
     ]
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     assert capsys.readouterr() == ("", "")
