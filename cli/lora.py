@@ -7,8 +7,15 @@ import typer
 from rich.console import Console
 
 from psoft_export.cli import options
+from psoft_export.cli.adapters import (
+    Adapters,
+    AdaptersOption,
+    DensityOption,
+    FactorOption,
+    MethodOption,
+    SeedOption,
+)
 from psoft_export.cli.options import (
-    AdapterOption,
     BaseOption,
     CacheDirOption,
     CommitMessageOption,
@@ -49,10 +56,14 @@ EXAMPLES = """
 
 def lora_command(
     base: BaseOption,
-    adapter: AdapterOption,
+    adapter: AdaptersOption,
     output: OutputOption,
     device: DeviceOption = "auto",
     svd_device: SvdDeviceOption = None,
+    method: MethodOption = None,
+    factor: FactorOption = None,
+    density: DensityOption = None,
+    seed: SeedOption = None,
     require_record: RequireRecordOption = False,
     neumann_terms: NeumannTermsOption = None,
     givens: GivensOption = None,
@@ -94,7 +105,9 @@ def lora_command(
     upload = Upload.asked(
         push_to, private, revision, create_pr, commit_message, overwrite_card, token
     )
-    planner = start_planner()  # loads transformers while torch is loaded here
+    adapters = Adapters.asked(adapter, method, factor, density, seed)
+    # Loads transformers while torch is loaded here; combining needs it here as well.
+    planner = None if adapters.is_combination else start_planner()
     from psoft_export import to_lora
 
     if upload is not None:
@@ -102,7 +115,7 @@ def lora_command(
     with out.merge_progress("converting") as progress:
         report = to_lora(
             base,
-            adapter,
+            adapters.reference(),
             output,
             device=device,
             svd_device=svd_device,

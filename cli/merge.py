@@ -7,8 +7,15 @@ from rich.console import Console
 from rich.table import Table
 
 from psoft_export.cli import options
+from psoft_export.cli.adapters import (
+    Adapters,
+    AdaptersOption,
+    DensityOption,
+    FactorOption,
+    MethodOption,
+    SeedOption,
+)
 from psoft_export.cli.options import (
-    AdapterOption,
     BaseOption,
     CacheDirOption,
     CommitMessageOption,
@@ -56,10 +63,14 @@ EXAMPLES = """
 
 def merge_command(
     base: BaseOption,
-    adapter: AdapterOption,
+    adapter: AdaptersOption,
     output: OutputOption,
     device: DeviceOption = "auto",
     svd_device: SvdDeviceOption = None,
+    method: MethodOption = None,
+    factor: FactorOption = None,
+    density: DensityOption = None,
+    seed: SeedOption = None,
     require_record: RequireRecordOption = False,
     neumann_terms: NeumannTermsOption = None,
     givens: GivensOption = None,
@@ -107,17 +118,20 @@ def merge_command(
     upload = Upload.asked(
         push_to, private, revision, create_pr, commit_message, overwrite_card, token
     )
+    adapters = Adapters.asked(adapter, method, factor, density, seed)
     reports = Reports(report_file, summary_file)
     reports.check()
-    # Loads transformers while torch is loaded here; models that are run need it here as well.
-    planner = None if dry_run or verify else start_planner()
+    # Loads transformers while torch is loaded here; models that are run, and combining, need it
+    # here as well.
+    held_here = dry_run or verify or adapters.is_combination
+    planner = None if held_here else start_planner()
     from psoft_export import VerificationReport, merge, plan_merge
 
     names = [name.strip() for name in labels.split(",")] if labels is not None else None
     if dry_run:
         plan = plan_merge(
             base,
-            adapter,
+            adapters.reference(),
             require_record=require_record,
             neumann_terms=options.neumann_terms(neumann_terms),
             givens=givens,
@@ -136,7 +150,7 @@ def merge_command(
         with out.merge_progress() as progress:
             report = merge(
                 base,
-                adapter,
+                adapters.reference(),
                 output,
                 device=device,
                 svd_device=svd_device,

@@ -8,6 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from psoft_export.cli import options
+from psoft_export.cli.adapters import (
+    Adapters,
+    DensityOption,
+    FactorOption,
+    MethodOption,
+    SeedOption,
+)
 from psoft_export.cli.options import (
     CacheDirOption,
     DeviceOption,
@@ -27,6 +34,7 @@ from psoft_export.cli.output import Output, print_facts, size
 from psoft_export.errors import UsageError
 
 if TYPE_CHECKING:
+    from psoft_export import Combination
     from psoft_export.onnx import AddedTask, OnnxReport
     from psoft_export.verification.figures import OutputsLevel
 
@@ -61,7 +69,8 @@ def onnx_command(
         list[str] | None,
         typer.Option(
             "--adapter",
-            help="Its adapter; or NAME=ADAPTER, several times, for one graph of all these tasks.",
+            help="Its adapter; or NAME=ADAPTER, several times, for one graph of these tasks; or "
+            "[NAME=]ADAPTER[:WEIGHT], several times with --method, for their combination.",
         ),
     ] = None,
     mixed_batch: Annotated[
@@ -105,6 +114,10 @@ def onnx_command(
     ] = False,
     device: DeviceOption = "auto",
     svd_device: SvdDeviceOption = None,
+    method: MethodOption = None,
+    factor: FactorOption = None,
+    density: DensityOption = None,
+    seed: SeedOption = None,
     require_record: RequireRecordOption = False,
     neumann_terms: NeumannTermsOption = None,
     givens: GivensOption = None,
@@ -120,7 +133,7 @@ def onnx_command(
     The graph is run beside the PyTorch model, and the folder appears only when both agree.
     """
     out = Output(quiet=quiet, as_json=as_json)
-    one, several = _adapters(adapter or [])
+    one, several = _adapters(adapter or [], method, factor, density, seed)
     from psoft_export import onnx
 
     with out.merge_progress() as progress:
@@ -182,13 +195,21 @@ def onnx_adapter_command(
     )
 
 
-def _adapters(given: list[str]) -> tuple[str | None, dict[str, str] | None]:
-    """The one adapter, or several by task."""
+def _adapters(
+    given: list[str],
+    method: str | None,
+    factor: float | None,
+    density: float | None,
+    seed: int | None,
+) -> "tuple[str | Combination | None, dict[str, str] | None]":
+    """The one adapter or combination, or several by task."""
+    if method is not None or factor is not None or density is not None or seed is not None:
+        return Adapters.asked(given, method, factor, density, seed).reference(), None
     if not any("=" in text for text in given):
         if len(given) > 1:
             raise UsageError(
                 f"--adapter {given[1]}: several adapters are tasks of one graph and need names; "
-                "pass --adapter NAME=ADAPTER"
+                "pass --adapter NAME=ADAPTER, or combine them with --method"
             )
         return (given[0] if given else None), None
     tasks: dict[str, str] = {}

@@ -5,8 +5,15 @@ from typing import Annotated, Literal
 import typer
 
 from psoft_export.cli import options
+from psoft_export.cli.adapters import (
+    Adapters,
+    AdaptersOption,
+    DensityOption,
+    FactorOption,
+    MethodOption,
+    SeedOption,
+)
 from psoft_export.cli.options import (
-    AdapterOption,
     BaseOption,
     CacheDirOption,
     DeviceOption,
@@ -42,7 +49,7 @@ EXAMPLES = """
 
 def verify_command(
     base: BaseOption,
-    adapter: AdapterOption,
+    adapter: AdaptersOption,
     merged: Annotated[
         str, typer.Option("--merged", help="Checkpoint to verify: a folder or a Hub id.")
     ],
@@ -55,6 +62,10 @@ def verify_command(
     summary_file: SummaryOption = None,
     device: DeviceOption = "auto",
     svd_device: SvdDeviceOption = None,
+    method: MethodOption = None,
+    factor: FactorOption = None,
+    density: DensityOption = None,
+    seed: SeedOption = None,
     require_record: RequireRecordOption = False,
     neumann_terms: NeumannTermsOption = None,
     givens: GivensOption = None,
@@ -69,15 +80,18 @@ def verify_command(
     Exit code 0 when it is, 14 when it is not.
     """
     out = Output(quiet=quiet, as_json=as_json)  # before the Hub library reads its settings
+    adapters = Adapters.asked(adapter, method, factor, density, seed)
     reports = Reports(report_file, summary_file)
     reports.check()
-    planner = start_planner() if level == "weights" else None  # the others run models here
+    # The other levels run models here, and combining plans here.
+    apart = level == "weights" and not adapters.is_combination
+    planner = start_planner() if apart else None
     from psoft_export import verify
 
     with out.merge_progress("verifying") as progress:
         report = verify(
             base,
-            adapter,
+            adapters.reference(),
             merged,
             level=level,
             text=text,

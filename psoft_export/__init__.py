@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psoft_export.adapters.adapter import Adapter
     from psoft_export.adapters.kinds import load_adapter
+    from psoft_export.algebra.combination import METHODS
+    from psoft_export.combining import Combination, CombinedModule, CombineReport, combine
     from psoft_export.errors import PsoftExportError
     from psoft_export.inspection import AdapterSummary, LayerSummary, inspect
     from psoft_export.lora import LoraReport, to_lora
     from psoft_export.manifest import LoraModule, ModuleReport
-    from psoft_export.merging import MergeReport, merge, plan_merge
+    from psoft_export.merging import MergeReport, merge
+    from psoft_export.opening import plan_merge
     from psoft_export.pipeline import Progress
     from psoft_export.plan import MergePlan
     from psoft_export.planner import Planner, start_planner
@@ -36,8 +39,12 @@ if TYPE_CHECKING:
     from psoft_export.verifying import verify
 
 __all__ = [
+    "METHODS",
     "Adapter",
     "AdapterSummary",
+    "Combination",
+    "CombineReport",
+    "CombinedModule",
     "LayerSummary",
     "LoraModule",
     "LoraReport",
@@ -53,6 +60,7 @@ __all__ = [
     "RecordedModule",
     "VerificationReport",
     "check_record",
+    "combine",
     "convert",
     "inspect",
     "load_adapter",
@@ -68,8 +76,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "METHODS": "algebra.combination",
     "Adapter": "adapters.adapter",
     "AdapterSummary": "inspection",
+    "Combination": "combining",
+    "CombineReport": "combining",
+    "CombinedModule": "combining",
     "LayerSummary": "inspection",
     "LoraModule": "manifest",
     "LoraReport": "lora",
@@ -85,11 +97,12 @@ _HOMES = {
     "RecordedModule": "recording",
     "VerificationReport": "verification.figures",
     "check_record": "recording",
+    "combine": "combining",
     "convert": "recording",
     "inspect": "inspection",
     "load_adapter": "adapters.kinds",
     "merge": "merging",
-    "plan_merge": "merging",
+    "plan_merge": "opening",
     "push": "publishing",
     "record": "recording",
     "record_basis": "training",

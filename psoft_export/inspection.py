@@ -8,8 +8,8 @@ from typing import Any
 from psoft_export.adapters.adapter import Adapter, ModuleFacts, NeumannTerms
 from psoft_export.adapters.kinds import load_adapter
 from psoft_export.algebra.parameters import GivensForm
-from psoft_export.merging import plan_merge
 from psoft_export.module_paths import layer_number, module_kind
+from psoft_export.opening import plan_merge
 from psoft_export.plan import MergePlan
 
 

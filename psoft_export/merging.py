@@ -1,39 +1,35 @@
 """Merging an adapter into its base, from two references to a complete output folder."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from psoft_export.adapters import basis_record
-from psoft_export.adapters.adapter import Adapter, NeumannTerms, Reading, SubspaceAdapter
-from psoft_export.adapters.basis_record import BasisRecord
+from psoft_export.adapters.adapter import NeumannTerms, Reading, SubspaceAdapter
+from psoft_export.adapters.combination_file import read_combination
 from psoft_export.adapters.files import named_base
-from psoft_export.adapters.kinds import load_adapter
 from psoft_export.algebra.merged_weight import product_error_bound
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import BasisCache, open_cache
 from psoft_export.checkpoint import companions
-from psoft_export.checkpoint.dtypes import parse_dtype
 from psoft_export.checkpoint.output import OutputFolder, check_target
 from psoft_export.checkpoint.reader import (
     INDEX,
     SAFETENSORS,
     file_sha256,
-    open_checkpoint,
     weight_files,
 )
-from psoft_export.checkpoint.source import Source, resolve
+from psoft_export.checkpoint.source import Source
+from psoft_export.combining import Combination, one_adapter
 from psoft_export.device import choose_device
 from psoft_export.errors import (
     AdapterError,
     CheckpointError,
     NotEquivalentError,
     OutputError,
-    RecordMissingError,
     UsageError,
 )
 from psoft_export.execution import Run
@@ -44,8 +40,9 @@ from psoft_export.manifest import (
     manifest,
     source_record,
 )
+from psoft_export.opening import plan_merge
 from psoft_export.pipeline import ProgressCallback
-from psoft_export.plan import MergePlan, OutputOptions
+from psoft_export.plan import MergePlan
 from psoft_export.planner import Planner
 from psoft_export.verification.figures import OutputsLevel, VerificationReport
 from psoft_export.verification.text import read_text
@@ -74,7 +71,7 @@ class MergeReport:
 
 def merge(
     base: str | Path,
-    adapter: str | Path,
+    adapter: str | Path | Combination,
     output: str | Path,
     *,
     device: str = "auto",
@@ -106,7 +103,7 @@ def merge(
 
     Args:
         base: folder or Hub id (`owner/name[@revision]`) of the base checkpoint.
-        adapter: folder or Hub id of the adapter.
+        adapter: folder or Hub id of the adapter, or a combination of several.
         output: folder to write.
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
         svd_device: for an adapter without a basis record: the device that computed the SVD in
@@ -149,15 +146,26 @@ def merge(
     trained_on = choose_device(svd_device) if svd_device is not None else None
     store = open_cache(cache_dir) if cache else None
     check_target(Path(output).absolute(), overwrite=overwrite)
-    plan = plan_merge(
+    one, reading = one_adapter(
         base,
         adapter,
+        Reading(neumann_terms, givens),
+        device=device,
+        svd_device=svd_device,
+        require_record=require_record,
+        cache=cache,
+        cache_dir=cache_dir,
+        token=token,
+    )
+    plan = plan_merge(
+        base,
+        one,
         require_record=require_record,
         dtype=dtype,
         max_shard_size=max_shard_size,
         labels=labels,
-        neumann_terms=neumann_terms,
-        givens=givens,
+        neumann_terms=reading.neumann_terms,
+        givens=reading.givens,
         token=token,
         planner=planner,
     )
@@ -173,57 +181,6 @@ def merge(
         progress=progress,
         note=note,
     )
-
-
-def plan_merge(
-    base: str | Path,
-    adapter: str | Path,
-    *,
-    require_record: bool = False,
-    dtype: str | None = None,
-    max_shard_size: str | int | None = None,
-    labels: Sequence[str] | None = None,
-    neumann_terms: NeumannTerms | None = None,
-    givens: GivensForm | None = None,
-    token: str | None = None,
-    planner: Planner | None = None,
-) -> MergePlan:
-    """What `merge` would do with these arguments; reads headers and the adapter, no weights."""
-    code = parse_dtype(dtype) if dtype is not None else None
-    reading = Reading(neumann_terms, givens)
-    loaded = load_adapter(adapter, neumann_terms=neumann_terms, givens=givens, token=token)
-    if require_record and loaded.needs_record:
-        needed_record(loaded)
-    source = resolve(base, companions.CONFIG, base_files, token=token)
-    checkpoint = open_checkpoint(source.folder)
-    options = OutputOptions(code, max_shard_size, tuple(labels) if labels is not None else None)
-    if planner is not None:
-        layout = planner.layout(source, loaded.source, reading, options)
-    else:
-        from psoft_export.planning import make_layout  # loads transformers
-
-        layout = make_layout(checkpoint, loaded, options)
-    return MergePlan(source, checkpoint, loaded, options, layout)
-
-
-def needed_record(adapter: Adapter) -> BasisRecord:
-    """The adapter's basis record.
-
-    Raises:
-        RecordMissingError: it has none.
-    """
-    if adapter.record is None:
-        raise RecordMissingError(
-            f"{adapter.source.name}: has no basis record ({basis_record.FILENAME}); make one with "
-            "'psoft-export record' on the machine that trained it"
-        )
-    return adapter.record
-
-
-def base_files(names: Iterable[str]) -> list[str]:
-    """Of a Hub repository's file names, those that a merge reads from a base."""
-    names = list(names)
-    return [*weight_files(names), *companions.base_files(names)]
 
 
 def execute_merge(
@@ -366,9 +323,12 @@ def describe_run(
         warnings: what the user should know of this run, beside what plan and bases say.
     """
     adapter = plan.adapter
+    combined = read_combination(adapter.source.folder)
+    made_of = {"combination": combined["combination"]} if combined is not None else {}
     return manifest(
         base=source_record(plan.base, {**weights, **beside["base"]}),
         adapter=source_record(adapter.source, {**adapter.sha256, **beside["adapter"]})
+        | made_of
         | {
             "method_name": adapter.method_name,
             "paper": adapter.paper,
@@ -390,5 +350,10 @@ def describe_run(
         files=files,
         verification=verification,
         modules=modules,
-        warnings=(*plan.warnings, *bases.warnings, *warnings),
+        warnings=(
+            *(combined["warnings"] if combined is not None else ()),
+            *plan.warnings,
+            *bases.warnings,
+            *warnings,
+        ),
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
 from psoft_export.adapters import basis_record, psoft
 from psoft_export.adapters.adapter import Adapter, NeumannTerms, SubspaceAdapter
@@ -19,7 +18,7 @@ from psoft_export.adapters.basis_record import (
     check_kind,
     write_record,
 )
-from psoft_export.adapters.files import CONFIG, SAFETENSORS, read_tensors
+from psoft_export.adapters.files import CONFIG, SAFETENSORS, read_tensors, write_tensors
 from psoft_export.algebra.parameters import RotationParameters
 from psoft_export.algebra.rotation import conjugated, rotation
 from psoft_export.bases import BasisFinder
@@ -37,7 +36,7 @@ from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.output import OutputFolder
 from psoft_export.device import choose_device, device_name
 from psoft_export.errors import OutputError, UnsupportedError, UsageError
-from psoft_export.merging import needed_record, plan_merge
+from psoft_export.opening import needed_record, plan_merge
 from psoft_export.pipeline import Progress, ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.weights import BaseReader, TargetWeight
@@ -484,7 +483,7 @@ def _to_peft(
         companions.write_companions(files, folder.path)
         config, tensors = psoft.as_psoft(adapter)
         companions.write_json(folder.path / CONFIG, config)
-        save_file(tensors, folder.path / SAFETENSORS, {"format": "pt"})
+        write_tensors(folder.path / SAFETENSORS, tensors)
         _write(folder.path, plan, "full", svd, layers())
         folder.commit()
     return RecordReport(target / basis_record.FILENAME, "full", tuple(modules), adapter.warnings)
@@ -508,4 +507,4 @@ def _write_rotations(
     for module, parameters in rotations.items():
         tensors[psoft.tensor_name(module, "weight")] = parameters.weight.contiguous()
     (folder / adapter.weights_file).unlink()
-    save_file(tensors, folder / SAFETENSORS, {"format": "pt"})
+    write_tensors(folder / SAFETENSORS, tensors)

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from psoft_export.adapters.adapter import NeumannTerms
+from psoft_export.adapters.adapter import NeumannTerms, Reading
+from psoft_export.adapters.combination_file import read_combination
 from psoft_export.adapters.files import CONFIG as ADAPTER_CONFIG
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.bases import BasisFinder
@@ -16,12 +17,14 @@ from psoft_export.cache import open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.reader import Checkpoint, file_sha256, open_checkpoint
 from psoft_export.checkpoint.source import Source, resolve
+from psoft_export.combining import Combination, one_adapter
 from psoft_export.device import choose_device
 from psoft_export.errors import CheckpointError, UnsupportedError, UsageError
 from psoft_export.manifest import FILENAME, source_record
-from psoft_export.merging import base_files, outputs_warning, plan_merge
+from psoft_export.merging import outputs_warning
 from psoft_export.onnx.folder import COMPONENTS, graph_files, is_graph_folder, read_folder
 from psoft_export.onnx.requirements import require_onnx
+from psoft_export.opening import base_files, plan_merge
 from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.planner import Planner
@@ -50,7 +53,7 @@ _COARSE = (
 
 def verify(
     base: str | Path,
-    adapter: str | Path,
+    adapter: str | Path | Combination,
     merged: str | Path,
     *,
     level: Level = "all",
@@ -77,7 +80,7 @@ def verify(
 
     Args:
         base: folder or Hub id of the base.
-        adapter: folder or Hub id of the adapter.
+        adapter: folder or Hub id of the adapter, or a combination of several.
         merged: folder or Hub id of the checkpoint, or ONNX export, to verify.
         level: `weights`, `outputs`, or `all` for both.
         text: a UTF-8 text file to run at the outputs level; by default tokens (or pixels) drawn
@@ -119,12 +122,23 @@ def verify(
     on = choose_device(device)
     trained_on = choose_device(svd_device) if svd_device is not None else None
     store = open_cache(cache_dir) if cache else None
-    plan = plan_merge(
+    one, reading = one_adapter(
         base,
         adapter,
+        Reading(neumann_terms, givens),
+        device=device,
+        svd_device=svd_device,
         require_record=require_record,
-        neumann_terms=neumann_terms,
-        givens=givens,
+        cache=cache,
+        cache_dir=cache_dir,
+        token=token,
+    )
+    plan = plan_merge(
+        base,
+        one,
+        require_record=require_record,
+        neumann_terms=reading.neumann_terms,
+        givens=reading.givens,
         token=token,
         planner=planner,
     )
@@ -339,7 +353,14 @@ def _origin_problems(
         return []
     adapter = plan.adapter
     ours = {name: adapter.sha256[name] for name in (ADAPTER_CONFIG, adapter.weights_file)}
+    combined = read_combination(adapter.source.folder)
+    made_of = combined["combination"] if combined is not None else None
     found = []
+    if made_of is not None and "combination" in origin["adapter"]:
+        # Combined anew, on another machine perhaps: what it is made of says that it is the same.
+        ours = {}
+        if origin["adapter"]["combination"] != made_of:
+            found.append(f"{FILENAME}: the merge was made from another combination of adapters")
     for side, hashes in (("base", base_sha256), ("adapter", ours)):
         stated = origin[side]["sha256"]
         differing = [name for name in hashes if stated.get(name) != hashes[name]]

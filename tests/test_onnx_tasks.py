@@ -18,11 +18,11 @@ import psoft_export
 from psoft_export import errors
 from psoft_export.algebra.parameters import RotationParameters
 from psoft_export.basis.svd import Basis, BasisOptions
+from psoft_export.changes.shared_subspace import Subspace
 from psoft_export.changes.subspace import SubspaceRotation
 from psoft_export.cli.main import run
 from psoft_export.onnx import adapter_file
 from psoft_export.onnx.folder import read_folder
-from psoft_export.onnx.subspaces import Subspace
 from tests import files, machines, models
 from tests.conftest import BUNDLED, EXAMPLES
 

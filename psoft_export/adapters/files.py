@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from psoft_export.adapters.basis_record import FILENAME as RECORD
@@ -159,6 +160,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as cause:
         raise AdapterError(f"{path}: not readable ({first_line(cause)})") from cause
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter's weight file, for everybody whom the umask lets read it."""
+    save_file(dict(tensors), path, {"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def model_names(files: AdapterFiles) -> dict[str, str]:

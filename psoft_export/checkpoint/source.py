@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 
@@ -19,11 +20,13 @@ class Source:
 
     `name` is the folder's own name for a local folder (never its path, which would publish the
     layout of a machine) and the repository id for a Hub one; `commit` is the Hub commit, or None.
+    `scratch` is what removes a temporary folder with the last reference to it, or None.
     """
 
     folder: Path
     name: str
     commit: str | None = None
+    scratch: TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
 
     @property
     def kind(self) -> str:

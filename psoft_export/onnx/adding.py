@@ -14,6 +14,7 @@ from psoft_export.adapters.adapter import SubspaceAdapter
 from psoft_export.adapters.basis_record import BasisRecord
 from psoft_export.adapters.kinds import load_adapter
 from psoft_export.basis.svd import Basis, Triplets
+from psoft_export.changes.shared_subspace import Subspace
 from psoft_export.changes.subspace import SubspaceRotation
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
@@ -27,7 +28,6 @@ from psoft_export.errors import (
     UsageError,
 )
 from psoft_export.manifest import FILENAME, source_record
-from psoft_export.merging import needed_record
 from psoft_export.onnx import adapter_file
 from psoft_export.onnx.folder import (
     ADAPTER_SUFFIX,
@@ -38,7 +38,7 @@ from psoft_export.onnx.folder import (
     check_task_name,
     read_folder,
 )
-from psoft_export.onnx.subspaces import Subspace
+from psoft_export.opening import needed_record
 
 _SAME_VALUE = 8  # units roundoff of the graph's dtype, of the largest singular value
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.exporters import ExportedComponent, ExportedModel
 
-from psoft_export.adapters.adapter import NeumannTerms
+from psoft_export.adapters.adapter import NeumannTerms, Reading
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import BasisCache, open_cache
@@ -22,6 +22,7 @@ from psoft_export.checkpoint.dtypes import TORCH_DTYPES, parse_dtype
 from psoft_export.checkpoint.output import OutputFolder, check_free_space, check_target
 from psoft_export.checkpoint.reader import file_sha256, open_checkpoint
 from psoft_export.checkpoint.source import Source, resolve
+from psoft_export.combining import Combination, one_adapter
 from psoft_export.device import choose_device
 from psoft_export.errors import (
     CheckpointError,
@@ -31,7 +32,7 @@ from psoft_export.errors import (
     UsageError,
 )
 from psoft_export.manifest import FILENAME, basis_origin, source_record
-from psoft_export.merging import base_files, check_apart, execute_merge, plan_merge
+from psoft_export.merging import check_apart, execute_merge
 from psoft_export.model.skeleton import Skeleton, library_class, read_config
 from psoft_export.onnx.equivalence import check_graph
 from psoft_export.onnx.folder import (
@@ -45,6 +46,7 @@ from psoft_export.onnx.runtime import load
 from psoft_export.onnx.subjects import ManyTasksSubject, PlainSubject, Subject
 from psoft_export.onnx.tasks import Task, find_task
 from psoft_export.onnx.tracing import Fusion, check_opset, trace
+from psoft_export.opening import base_files, plan_merge
 from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.verification.figures import OutputsLevel
@@ -126,7 +128,7 @@ def export(
     *,
     model: str | Path | None = None,
     base: str | Path | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Combination | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     mixed_batch: bool = False,
     task: str | None = None,
@@ -166,7 +168,8 @@ def export(
         output: folder to write.
         model: folder or Hub id of a checkpoint.
         base: folder or Hub id of a base.
-        adapter: folder or Hub id of its adapter, of any kind that `merge` takes.
+        adapter: folder or Hub id of its adapter, of any kind that `merge` takes; or a combination
+            of several, merged.
         adapters: task name → folder or Hub id of a PSOFT adapter of the base.
         mixed_batch: with `adapters`: an input `task_ids` gives each row of a batch its own task.
         task: as `transformers.pipeline` names them; by default that of the model class.
@@ -239,15 +242,26 @@ def export(
         check_target(Path(keep_merged).absolute(), overwrite=overwrite)
         _check_apart(target, Path(keep_merged), "the folder of the merged checkpoint")
 
-    def plan(of: str | Path, as_dtype: str | None) -> MergePlan:
+    def plan(of: str | Path | Combination, as_dtype: str | None) -> MergePlan:
         assert base is not None
-        return plan_merge(
+        one, reading = one_adapter(
             base,
             of,
+            Reading(neumann_terms, givens),
+            device=device,
+            svd_device=svd_device,
+            require_record=require_record,
+            cache=cache,
+            cache_dir=cache_dir,
+            token=token,
+        )
+        return plan_merge(
+            base,
+            one,
             require_record=require_record,
             dtype=as_dtype,
-            neumann_terms=neumann_terms,
-            givens=givens,
+            neumann_terms=reading.neumann_terms,
+            givens=reading.givens,
             token=token,
         )
 
@@ -295,7 +309,7 @@ def export(
 def _check_what(
     model: str | Path | None,
     base: str | Path | None,
-    adapter: str | Path | None,
+    adapter: str | Path | Combination | None,
     adapters: Mapping[str, str | Path] | None,
     *,
     mixed_batch: bool,

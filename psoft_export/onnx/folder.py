@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psoft_export.changes.shared_subspace import LARGEST_OUTSIDE
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.source import member
 from psoft_export.errors import CheckpointError, MismatchError, UsageError
@@ -20,8 +21,6 @@ FORMAT_VERSION = 1
 COMPONENTS = "export.json"  # of transformers: each graph's file, and what its exporter recorded
 DTYPES = ("F32", "F16", "BF16")
 QUANTIZATIONS = ("int8, dynamic", "int8, static")
-# Of ΔW. Two float32 SVDs of one base are below 2e-3 apart; another base's subspace is all of it.
-LARGEST_OUTSIDE = 0.01
 TASK_IDS = "task_ids"
 ADAPTER_SUFFIX = ".onnx_adapter"
 ROTATION = "rotation"  # of one task, (R − I)ᵀ; the parameter's name in its module

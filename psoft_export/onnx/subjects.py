@@ -11,6 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from psoft_export.changes.change import WeightChange
+from psoft_export.changes.shared_subspace import (
+    Subspace,
+    cores,
+    rotations_of,
+    shared_subspaces,
+)
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 from psoft_export.checkpoint.reader import Checkpoint
@@ -18,15 +24,7 @@ from psoft_export.errors import MismatchError, UnsupportedError
 from psoft_export.model.skeleton import Skeleton
 from psoft_export.onnx import adapter_file
 from psoft_export.onnx.folder import ADAPTER_SUFFIX, LEFT, RIGHT, ROTATION, ROTATIONS, TASK_IDS
-from psoft_export.onnx.subspaces import (
-    MixedLinear,
-    Subspace,
-    SwitchedLinear,
-    cores,
-    replace_layers,
-    rotations_of,
-    shared_subspaces,
-)
+from psoft_export.onnx.layers import MixedLinear, SwitchedLinear, replace_layers
 from psoft_export.onnx.tasks import BATCH, Sample
 from psoft_export.plan import MergePlan
 from psoft_export.verification.models import LoadedModel, PlainLoader, UnmergedLoader
