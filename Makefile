@@ -12,11 +12,14 @@ TREE := build/tree
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# In several processes; threads that wait must not take the cores of those that work.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.solver

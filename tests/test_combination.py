@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from psoft_export.algebra import logarithm as lie
 from psoft_export.algebra.combination import METHODS, NoMeanError, Settings
 from psoft_export.algebra.factored_rotation import FactoredRotation, combine_rotations
 from psoft_export.algebra.logarithm import NotARotationError
 from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
 from psoft_export.algebra.rotation import cayley, rotation
-from torch import Tensor
 
 GROUP = [name for name, method in METHODS.items() if method.is_orthogonal]
 SUMS = [name for name in METHODS if name not in GROUP]

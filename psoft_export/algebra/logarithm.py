@@ -126,7 +126,9 @@ def _split(rotation: Tensor) -> tuple[Tensor, Tensor]:
     cosines, vectors = torch.linalg.eigh((rotation + rotation.T) / 2)
     reversed_ = int((cosines < -math.cos(HALF_TURN)).sum())
     if reversed_ % 2:
-        raise NotARotationError("holds a reflection (its determinant is negative)")
+        if torch.linalg.det(rotation) < 0:
+            raise NotARotationError("holds a reflection (its determinant is negative)")
+        reversed_ += 1  # its twin, on the other side of the limit by a rounding error
     return vectors[:, :reversed_], vectors[:, reversed_:]
 
 
