@@ -214,7 +214,7 @@ def test_core_says_what_lies_outside() -> None:
     left, values, right = torch.linalg.svd(torch.randn(20, 16, generator=generator).double())
     scaled = left[:, :16] * values
     options = BasisOptions(4, 1.0)
-    subspace = Subspace.of(Basis(right[:4], scaled[:, :4]), 1.0)
+    subspace = Subspace.of(Basis(right[:4], scaled[:, :4]), options)
     turn = (torch.eye(4) + 0.3 * torch.randn(4, 4, generator=generator)).double()
     weight = turn - torch.eye(4)
     parameters = RotationParameters(4, turn, orthogonal=False)
