@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from psoft_export.adapters.adapter import Adapter
     from psoft_export.adapters.kinds import load_adapter
     from psoft_export.algebra.combination import METHODS
+    from psoft_export.bank import AdapterBank, BankMemory
     from psoft_export.combining import Combination, CombinedModule, CombineReport, combine
     from psoft_export.errors import PsoftExportError
     from psoft_export.inspection import AdapterSummary, LayerSummary, inspect
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "Adapter",
+    "AdapterBank",
     "AdapterSummary",
+    "BankMemory",
     "Combination",
     "CombineReport",
     "CombinedModule",
@@ -79,6 +82,8 @@ _HOMES = {
     "METHODS": "algebra.combination",
     "Adapter": "adapters.adapter",
     "AdapterSummary": "inspection",
+    "AdapterBank": "bank",
+    "BankMemory": "bank",
     "Combination": "combining",
     "CombineReport": "combining",
     "CombinedModule": "combining",

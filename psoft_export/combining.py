@@ -497,7 +497,8 @@ class _Combiner:
         basis = self._basis(changes[largest.name], weight)
         same_rank = largest.adapter.rank == self._options.rank
         rotations, outside = self._in_one_basis(module, basis, changes)
-        combined = self._combine(module, rotations)
+        members = {m.name: turn for m, turn in zip(self._members, rotations, strict=True)}
+        combined = combined_module(self._combination, module, members)
         self._rotations[module] = combined.rotation
         self._modules.append(
             CombinedModule(
@@ -547,32 +548,13 @@ class _Combiner:
             elif change.basis is basis:
                 rotations.append(FactoredRotation.of(change.parameters))
             else:
+                own = Subspace.of(change.basis, change.options)
                 where = f"adapter '{member.name}', module '{module}'"
-                found, share = subspace.rotation(change, where)
+                turn = FactoredRotation.of(change.parameters)
+                found, share = subspace.rotation(own, turn, where)
                 rotations.append(found)
                 outside = max(outside, share)
         return rotations, outside
-
-    def _combine(self, module: str, rotations: Sequence[FactoredRotation]) -> Combined:
-        combination = self._combination
-        random = [_generator(combination.settings.seed, m.name, module) for m in self._members]
-        try:
-            return combine_rotations(
-                self._method,
-                rotations,
-                combination.ordered_weights,
-                combination.settings,
-                random,
-            )
-        except NotARotationError as cause:
-            number, _, what = str(cause).partition(": ")
-            name = self._members[int(number) - 1].name if number.isdigit() else "together"
-            raise UnsupportedError(
-                f"adapter '{name}', module '{module}': its R {what or cause}, so method "
-                f"'{self._method.name}' has no rotation to go along; use linear, or ties"
-            ) from cause
-        except NoMeanError as cause:
-            raise UsageError(f"module '{module}': {cause}") from cause
 
     def _combined_adapter(self) -> SubspaceAdapter:
         """The result as an adapter of PEFT's format."""
@@ -713,6 +695,38 @@ class _Combiner:
                         "the one that the combination should have"
                     )
         return files
+
+
+def combined_module(
+    combination: Combination, module: str, members: Mapping[str, FactoredRotation]
+) -> Combined:
+    """The combination of the rotations of one module.
+
+    Args:
+        combination: how.
+        module: of which the rotations are.
+        members: of each adapter by name, in the order of the combination and one basis.
+
+    Raises:
+        UnsupportedError: a rotation has no logarithm that the method needs.
+        UsageError: the weights have no mean by this method.
+    """
+    settings, names = combination.settings, list(members)
+    random = [_generator(settings.seed, name, module) for name in names]
+    method = METHODS[combination.method]
+    try:
+        return combine_rotations(
+            method, list(members.values()), combination.ordered_weights, settings, random
+        )
+    except NotARotationError as cause:
+        number, _, what = str(cause).partition(": ")
+        whose = f"adapter '{names[int(number) - 1]}', " if what else ""
+        raise UnsupportedError(
+            f"{whose}module '{module}': R {what or cause}, so method '{method.name}' has no "
+            "rotation to go along; use linear, or ties"
+        ) from cause
+    except NoMeanError as cause:
+        raise UsageError(f"module '{module}': {cause}") from cause
 
 
 def _check_apart(target: Path, members: Sequence[_Member]) -> None:

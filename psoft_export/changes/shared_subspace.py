@@ -48,15 +48,18 @@ class Subspace:
         left = options.scaling * basis.b.to("cpu", torch.float64)
         return cls(left, basis.a.to("cpu", torch.float64), options.initialisation)
 
-    def rotation(self, change: SubspaceRotation, name: str) -> tuple[FactoredRotation, float]:
-        """R of another adapter's ΔW in these factors.
+    def rotation(
+        self, own: "Subspace", turn: FactoredRotation, name: str
+    ) -> tuple[FactoredRotation, float]:
+        """R in these factors of a ΔW that is given by R in others.
 
-        Where its vectors are these, turned among themselves (signs, near-equal singular values),
-        R is turned with them and stays as orthogonal as it was. Else it is the free matrix of
-        `core`.
+        Where the others' vectors are these, turned among themselves (signs, near-equal singular
+        values), R is turned with them and stays as orthogonal as it was. Else it is the free
+        matrix of least squares.
 
         Args:
-            change: what the adapter does to the module's weight; of no higher rank.
+            own: the factors in which R is given.
+            turn: R.
             name: adapter and module, for the message.
 
         Returns:
@@ -65,22 +68,22 @@ class Subspace:
         Raises:
             MismatchError: ΔW lies outside the subspace.
         """
-        own = Subspace.of(change.basis, change.options)
-        factored = FactoredRotation.of(change.parameters)
+        moved = own.left @ (turn.matrix - torch.eye(own.rank, dtype=torch.float64))
+        identity = torch.eye(self.rank, dtype=torch.float64)
         if own.initialisation == self.initialisation and own.rank <= self.rank:
             left, _, right = torch.linalg.svd(
                 _unit_rows(own.right) @ _unit_rows(self.right).T, full_matrices=False
             )
-            turned = factored.in_basis(left @ right)
-            outside = self._outside(own, factored.matrix, turned.matrix)
+            turned = turn.in_basis(left @ right)
+            here = self.left @ (turned.matrix - identity)
+            outside = _share_left(moved, own.right, here, self.right)
             if outside <= _TURNED:
                 return turned, outside
-        core, outside = self.core(change, name)
-        identity = torch.eye(self.rank, dtype=torch.float64)
+        core, outside = self._fitted(moved, own.right, name)
         return FactoredRotation.free(identity + core), outside
 
     def core(self, change: SubspaceRotation, name: str) -> tuple[Tensor, float]:
-        """R − I of another adapter's ΔW in these factors, r × r, float64, by least squares.
+        """R − I of an adapter's ΔW in these factors, r × r, float64, by least squares.
 
         That is left⁺ ΔW right⁺, whatever the factors are, and nothing of ΔW may be left over.
 
@@ -95,8 +98,11 @@ class Subspace:
         Raises:
             MismatchError: ΔW lies outside the subspace.
         """
-        factors = change.low_rank_factors(change.options.scaling)
-        left, right = (factor.cpu() for factor in factors)
+        left, right = change.low_rank_factors(change.options.scaling)
+        return self._fitted(left.cpu(), right.cpu(), name)
+
+    def _fitted(self, left: Tensor, right: Tensor, name: str) -> tuple[Tensor, float]:
+        """The core of least squares of left right, and the share left out; see `core`."""
         core: Tensor = torch.linalg.pinv(self.left) @ left @ (right @ torch.linalg.pinv(self.right))
         outside = _share_left(left, right, self.left @ core, self.right)
         if outside > LARGEST_OUTSIDE:
@@ -106,12 +112,6 @@ class Subspace:
                 "recorded?"
             )
         return core, outside
-
-    def _outside(self, own: "Subspace", theirs: Tensor, ours: Tensor) -> float:
-        """The share of ΔW, given by R in its own factors, that R in these leaves out."""
-        moved = theirs - torch.eye(own.rank, dtype=torch.float64)
-        here = ours - torch.eye(self.rank, dtype=torch.float64)
-        return _share_left(own.left @ moved, own.right, self.left @ here, self.right)
 
 
 def rotations_of(task: str, changes: Mapping[str, WeightChange]) -> dict[str, SubspaceRotation]:
