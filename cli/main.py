@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from psoft_export.cli import cache, combine, inspect, lora, merge, onnx, push, record, verify
+from psoft_export.cli import cache, combine, inspect, lora, merge, onnx, push, record, swap, verify
 from psoft_export.cli.output import print_error
 from psoft_export.errors import PsoftExportError, UsageError
 
@@ -29,6 +29,7 @@ app.command("onnx-adapter", epilog=onnx.ADAPTER_EXAMPLES)(onnx.onnx_adapter_comm
 app.command("record", epilog=record.RECORD_EXAMPLES)(record.record_command)
 app.command("convert", epilog=record.CONVERT_EXAMPLES)(record.convert_command)
 app.command("combine", epilog=combine.EXAMPLES)(combine.combine_command)
+app.command("swap", epilog=swap.EXAMPLES)(swap.swap_command)
 app.command("push", epilog=push.EXAMPLES)(push.push_command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect_command)
 app.add_typer(cache.app, name="cache")

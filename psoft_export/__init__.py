@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         convert,
         record,
     )
+    from psoft_export.swapping import swap
     from psoft_export.training import RecordBasisCallback, record_basis, restore_basis
     from psoft_export.verification.figures import VerificationReport
     from psoft_export.verifying import verify
@@ -74,6 +75,7 @@ __all__ = [
     "record_basis",
     "restore_basis",
     "start_planner",
+    "swap",
     "to_lora",
     "verify",
 ]
@@ -113,6 +115,7 @@ _HOMES = {
     "record_basis": "training",
     "restore_basis": "training",
     "start_planner": "planner",
+    "swap": "swapping",
     "to_lora": "lora",
     "verify": "verifying",
 }

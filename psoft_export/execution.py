@@ -1,10 +1,13 @@
 """Carrying a plan out: every weight file of the output, in one pass over the base, checked."""
 
 import hashlib
-from collections.abc import Generator
-from contextlib import ExitStack, closing
+import os
+from abc import abstractmethod
+from collections.abc import Collection, Generator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -12,11 +15,12 @@ from torch import Tensor
 from psoft_export.algebra.merged_weight import MergeFigures, merged_blocks, row_parts
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
 from psoft_export.bases import BasisFinder
+from psoft_export.checkpoint.cloning import clone_file
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
 from psoft_export.checkpoint.reader import file_sha256, raw, typed
-from psoft_export.checkpoint.safetensors_file import TensorEntry
+from psoft_export.checkpoint.safetensors_file import TensorEntry, read_tensor
 from psoft_export.checkpoint.write_behind import WriteBehind
-from psoft_export.checkpoint.writer import ShardWriter
+from psoft_export.checkpoint.writer import WRITE_BYTES, ShardWriter
 from psoft_export.device import full_precision, workers_on
 from psoft_export.errors import NonFiniteError, NotEquivalentError, OutputError
 from psoft_export.manifest import ModuleReport
@@ -101,13 +105,39 @@ class Run:
         self._targets = plan.targets
         largest = max(target.spec.nbytes for target in self._targets)
         self._pipeline = TargetPipeline(bases, device, self._merged, largest)
-        self._done_bytes = 0
+        self._done_bytes, self._total_bytes = 0, plan.output_bytes
+        self._changed: Collection[str] | None = None
+        self._hash_base = True
 
     def write_weights(self, folder: Path) -> None:
         """Write every weight file into `folder`."""
+        self._write(_ShardSink(folder, self._plan.layout.shards, self.files))
+
+    def rewrite(
+        self,
+        merged: Mapping[str, TensorEntry],
+        folder: Path,
+        changed: Collection[str],
+        *,
+        hash_base: bool,
+    ) -> None:
+        """Write the weight files that differ from those of another merge of the same base.
+
+        Args:
+            merged: the tensors of that other merge, by name; of the layout of this plan.
+            folder: to write into.
+            changed: the tensors that differ; all others stay as they are in `merged`.
+            hash_base: read all of the base, for `sha256`.
+        """
+        self._changed, self._hash_base = changed, hash_base
+        entries = {name: merged[name] for name in changed}
+        self._total_bytes = sum(entry.nbytes for entry in entries.values())
+        self._write(_PatchSink(folder, entries, self.files))
+
+    def _write(self, sinks: "_Sink") -> None:
         with ExitStack() as stack:
             stack.enter_context(full_precision())
-            sink = stack.enter_context(_ShardSink(folder, self._plan.layout.shards, self.files))
+            sink = stack.enter_context(sinks)
             writer = stack.enter_context(WriteBehind(sink.write, _CHUNKS_AHEAD))
             pieces = stack.enter_context(closing(self._pieces()))
             done = stack.enter_context(closing(self._pipeline.run(pieces)))
@@ -143,6 +173,8 @@ class Run:
         with BaseReader(self._plan) as base:
             for shard in self._plan.layout.shards:
                 for tensor in shard.tensors:
+                    if self._changed is not None and tensor.spec.name not in self._changed:
+                        continue
                     if tensor.module is not None:
                         yield Target(tensor, base.target(tensor))
                     elif tensor.saved is not None:
@@ -150,7 +182,7 @@ class Run:
                     else:
                         for data in base.chunks(_entry(tensor)):
                             yield _Copy(tensor, data)
-            self.sha256 = base.sha256()
+            self.sha256 = base.sha256() if self._hash_base else {}
 
     def _copied(self, piece: _Copy) -> Tensor:
         """The output bytes of a tensor that is not merged: its own, or cast to another dtype."""
@@ -226,7 +258,7 @@ class Run:
             self._progress(
                 Progress(
                     self._done_bytes,
-                    self._plan.output_bytes,
+                    self._total_bytes,
                     len(self.modules),
                     len(self._targets),
                     tensor.spec.name,
@@ -234,7 +266,15 @@ class Run:
             )
 
 
-class _ShardSink:
+class _Sink(AbstractContextManager["_Sink"]):
+    """Where the output's bytes go."""
+
+    @abstractmethod
+    def write(self, item: tuple[PlannedTensor, Tensor]) -> None:
+        """Take the next bytes of a tensor."""
+
+
+class _ShardSink(_Sink):
     """Receives the output's bytes in order and keeps one weight file open at a time.
 
     A file that is complete is read back; its SHA-256 goes into `files`.
@@ -280,6 +320,66 @@ class _ShardSink:
         if found != written:
             raise _not_equivalent(f"{writer.path.name} reads back as other bytes than written")
         self._files[writer.path.name] = written
+
+
+class _PatchSink(_Sink):
+    """Receives the bytes of some tensors and puts them into copies of the files that have them.
+
+    What was written is read back, and the SHA-256 of each file goes into `files`.
+    """
+
+    def __init__(
+        self, folder: Path, entries: Mapping[str, TensorEntry], files: dict[str, str]
+    ) -> None:
+        self._folder = folder
+        self._entries = entries
+        self._files = files
+        self._handles: dict[Path, BinaryIO] = {}
+        self._written: dict[str, int] = {}
+        self._digests: dict[str, hashlib._Hash] = {}
+
+    def __enter__(self) -> "_PatchSink":
+        for entry in self._entries.values():
+            if entry.file not in self._handles:
+                path = self._folder / entry.file.name
+                clone_file(entry.file, path)
+                self._handles[entry.file] = path.open("r+b", buffering=0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            for handle in self._handles.values():
+                handle.close()
+
+    def write(self, item: tuple[PlannedTensor, Tensor]) -> None:
+        """Write the next bytes of a tensor."""
+        tensor, data = item
+        name = tensor.spec.name
+        entry, done = self._entries[name], self._written.get(name, 0)
+        handle, view = self._handles[entry.file], data.numpy().data
+        self._digests.setdefault(name, hashlib.sha256()).update(view)
+        while view:
+            count = os.pwrite(handle.fileno(), view[:WRITE_BYTES], entry.offset + done)
+            done, view = done + count, view[count:]
+        self._written[name] = done
+
+    def _finish(self) -> None:
+        for name, entry in self._entries.items():
+            path = self._folder / entry.file.name
+            whole = self._written.get(name) == entry.nbytes
+            there = replace(entry, file=path)
+            if not whole or _bytes_sha256(there) != self._digests[name].hexdigest():
+                raise _not_equivalent(f"tensor '{name}' reads back as other bytes than written")
+        for file, handle in self._handles.items():
+            os.fsync(handle.fileno())
+            self._files[file.name] = file_sha256(self._folder / file.name, OutputError)
+
+
+def _bytes_sha256(entry: TensorEntry) -> str:
+    return hashlib.sha256(raw(read_tensor(entry, OutputError)).numpy().data).hexdigest()
 
 
 def _entry(tensor: PlannedTensor) -> TensorEntry:

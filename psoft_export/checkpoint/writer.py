@@ -12,7 +12,7 @@ from torch import Tensor
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 
 # Of one system call. Larger ones took the kernel two to five times as long (ext4, Linux).
-_WRITE_BYTES = 128 * 2**10
+WRITE_BYTES = 128 * 2**10
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class ShardWriter:
 
     def _write(self, data: memoryview) -> None:
         while data:
-            count = self._handle.write(data[:_WRITE_BYTES])
+            count = self._handle.write(data[:WRITE_BYTES])
             if self._digest is not None:
                 self._digest.update(data[:count])
             self._written += count
