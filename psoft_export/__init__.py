@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from psoft_export.bank import AdapterBank, BankMemory
     from psoft_export.combining import Combination, CombinedModule, CombineReport, combine
     from psoft_export.errors import PsoftExportError
+    from psoft_export.evaluating import LossTable, Sweep, SweepPoint, evaluate, sweep
     from psoft_export.inspection import AdapterSummary, LayerSummary, inspect
     from psoft_export.lora import LoraReport, to_lora
     from psoft_export.manifest import LoraModule, ModuleReport
@@ -52,6 +53,7 @@ __all__ = [
     "LayerSummary",
     "LoraModule",
     "LoraReport",
+    "LossTable",
     "MergePlan",
     "MergeReport",
     "ModuleReport",
@@ -62,10 +64,13 @@ __all__ = [
     "RecordBasisCallback",
     "RecordReport",
     "RecordedModule",
+    "Sweep",
+    "SweepPoint",
     "VerificationReport",
     "check_record",
     "combine",
     "convert",
+    "evaluate",
     "inspect",
     "load_adapter",
     "merge",
@@ -76,6 +81,7 @@ __all__ = [
     "restore_basis",
     "start_planner",
     "swap",
+    "sweep",
     "to_lora",
     "verify",
 ]
@@ -92,6 +98,7 @@ _HOMES = {
     "LayerSummary": "inspection",
     "LoraModule": "manifest",
     "LoraReport": "lora",
+    "LossTable": "evaluating",
     "MergePlan": "plan",
     "MergeReport": "merging",
     "ModuleReport": "manifest",
@@ -102,10 +109,13 @@ _HOMES = {
     "RecordBasisCallback": "training",
     "RecordReport": "recording",
     "RecordedModule": "recording",
+    "Sweep": "evaluating",
+    "SweepPoint": "evaluating",
     "VerificationReport": "verification.figures",
     "check_record": "recording",
     "combine": "combining",
     "convert": "recording",
+    "evaluate": "evaluating",
     "inspect": "inspection",
     "load_adapter": "adapters.kinds",
     "merge": "merging",
@@ -116,6 +126,7 @@ _HOMES = {
     "restore_basis": "training",
     "start_planner": "planner",
     "swap": "swapping",
+    "sweep": "evaluating",
     "to_lora": "lora",
     "verify": "verifying",
 }

@@ -1,4 +1,4 @@
-"""Pictures of an adapter, for reports. Needs matplotlib (the `plot` extra)."""
+"""Pictures of adapters and their combinations, for reports. Needs matplotlib (the `plot` extra)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,9 @@ from psoft_export.inspection import AdapterSummary, LayerSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from psoft_export.evaluating import Sweep
 
 _PANEL_INCHES = (3.4, 2.7)
 _COLUMNS = 4
@@ -69,6 +72,59 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
     if last > 0:
         bar = figure.colorbar(colours, ax=panels, label="layer")
         bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, file)
+
+
+def plot_sweep(sweep: "Sweep", file: Path) -> None:
+    """Draw the losses of a sweep over the scale of the weights, one panel a text.
+
+    Each line is a method; the level lines are the base and each adapter alone.
+
+    Args:
+        sweep: what `psoft_export.sweep` returned.
+        file: picture to write; its suffix chooses the format (png, svg, pdf).
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written, or its suffix is unknown.
+    """
+    with plot_extra("--plot"):
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    if not file.suffix:
+        raise OutputError(f"{file}: its name needs a suffix: .png, .svg or .pdf")
+    texts = list(sweep.table.losses)
+    figure = Figure(figsize=(4.2 * len(texts) + 2.2, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    methods = list(dict.fromkeys(point.method for point in sweep.points))
+    for panel, text in zip(panels, texts, strict=True):
+        known = sweep.table.losses[text]
+        for number, method in enumerate(methods):
+            points = [p for p in sweep.points if p.method == method and text in p.losses]
+            panel.plot(
+                [p.scale for p in points],
+                [p.losses[text] for p in points],
+                marker=".",
+                color=colormaps["tab20"](number),
+                label=method,
+            )
+        for name, style in zip(known, ("--", "-.", ":", (0, (1, 3))) * len(known), strict=False):
+            if name != "combination":
+                panel.axhline(known[name], color="grey", linestyle=style, linewidth=1, label=name)
+        # What goes astray would flatten all that does not.
+        panel.set_ylim(0.95 * min(known.values()), 1.3 * known["base"])
+        panel.set_title(text, fontsize=10)
+        panel.set_xlabel("weights times")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("loss (nats per token)")
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
+    figure.suptitle(f"weights of {sweep.table.combination.rpartition(',')[0]}, times", fontsize=11)
+    _save(figure, file)
+
+
+def _save(figure: "Figure", file: Path) -> None:
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as cause:

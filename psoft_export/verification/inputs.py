@@ -266,6 +266,21 @@ class _TokenInputs:
         return Batch(arguments, valid, ids.numel() if valid is None else int(valid.sum()))
 
 
+def tokens_of_text(folder: Path, path: Path, vocabulary: int, needed: int) -> Tensor:
+    """The tokens of a text file, by a checkpoint's own tokenizer.
+
+    Args:
+        folder: of the checkpoint.
+        path: of the text, UTF-8.
+        vocabulary: of the model.
+        needed: how many there must be.
+
+    Raises:
+        UsageError: the folder has no tokenizer that fits, or the text is too short or unreadable.
+    """
+    return _tokens_of(path, _tokenizer(folder), vocabulary, needed, folder)
+
+
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder, or None where it has none that can be read."""
     # Without a vocabulary transformers would make an empty tokenizer of the model type's class.
