@@ -67,6 +67,21 @@ class BankMemory:
 
 
 @dataclass
+class _State:
+    """What an unmerged model does at the moment.
+
+    Attributes:
+        is_active: one task is active.
+        rows: the task of each row of the batch (0 for the base), or None.
+        spread: a batch may have more rows than that, each task's beside each other (beams).
+    """
+
+    is_active: bool = False
+    rows: Tensor | None = None
+    spread: bool = False
+
+
+@dataclass
 class _Layer:
     """A linear layer that some task changes.
 
@@ -102,13 +117,23 @@ class _Layer:
         """The weight of the layer, to be changed in place."""
         return self.linear.weight.detach()
 
-    def stand_beside(self) -> None:
-        """Prepare the factors of an unmerged layer."""
+    def restore_class(self) -> None:
+        """Make the layer an ordinary one again."""
+        linear = self.linear
+        if isinstance(linear, RotatedLinear):
+            del linear.psoft_layer, linear.psoft_state
+            linear.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def stand_beside(self, state: _State) -> None:
+        """Let the layer add what `state` says to its output, from now on."""
         weight = self.weight
         self.right = self.basis.a.T.to(weight).contiguous()
         self.left = (self.options.scaling * self.basis.b.double()).T.to(weight).contiguous()
         self.core = torch.zeros(len(self.left), len(self.left), dtype=weight.dtype).to(weight)
         self.cores = None
+        self.linear.__class__ = RotatedLinear
+        assert isinstance(self.linear, RotatedLinear)
+        self.linear.psoft_layer, self.linear.psoft_state = self, state
 
     def merge(self, turn: FactoredRotation) -> None:
         """Make the weight W + scaling · B (R − I) A, formed in float32."""
@@ -122,6 +147,34 @@ class _Layer:
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             weight[rows].copy_(torch.addmm(original[rows].float(), left[rows], self.basis.a))
+
+
+class RotatedLinear(nn.Linear):
+    """A linear layer of an unmerged bank: adds the rotation of the active task, or of each row.
+
+    A layer becomes one by a change of its class, so that names, parameters and hooks stay as they
+    are, and `torch.compile` sees that it is another layer. (Hooks it does not look at.)
+    """
+
+    psoft_layer: _Layer
+    psoft_state: _State
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Batch × … × in → batch × … × out."""
+        output = super().forward(inputs)
+        layer, state = self.psoft_layer, self.psoft_state
+        if state.rows is None and not state.is_active:
+            return output
+        assert layer.right is not None and layer.core is not None and layer.left is not None
+        projected = inputs @ layer.right
+        if state.rows is None:
+            return output + (projected @ layer.core) @ layer.left
+        cores = _row_cores(layer, state, len(inputs))
+        if projected.ndim == 2:  # a classifier's, of one vector for each row
+            return output + (projected[:, None] @ cores)[:, 0] @ layer.left
+        while cores.ndim < projected.ndim:
+            cores = cores[:, None]
+        return output + (projected @ cores) @ layer.left
 
 
 class AdapterBank:
@@ -188,10 +241,8 @@ class AdapterBank:
         self._layers: dict[str, _Layer] = {}
         self._tasks: dict[str, dict[str, FactoredRotation]] = {}
         self._active: str | None = None
-        self._rows: Tensor | None = None
-        self._spread = False
+        self._state = _State()
         self._thread = threading.get_ident()
-        self._hooks: list[Any] = []
         self._files = _BaseFiles(model, base, token) if base is not None else None
         setattr(model, _MARK, self)
         self._wrap("forward")
@@ -365,9 +416,10 @@ class AdapterBank:
         except BaseException:
             for path in {**before, **turns}:
                 self._set(self._layers[path], None)
-            self._active = None
+            self._active, self._state.is_active = None, False
             raise
         self._active = name
+        self._state.is_active = name is not None
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -382,12 +434,12 @@ class AdapterBank:
     def close(self) -> None:
         """Give the model back as it was: its base's weights, nothing beside its layers."""
         self.activate(None)
-        for hook in self._hooks:
-            hook.remove()
+        for layer in self._layers.values():
+            layer.restore_class()
         for method in ("forward", "generate"):
             self._model.__dict__.pop(method, None)
         delattr(self._model, _MARK)
-        self._layers, self._tasks, self._hooks = {}, {}, []
+        self._layers, self._tasks = {}, {}
 
     def _keep(
         self,
@@ -397,11 +449,9 @@ class AdapterBank:
         retold: Mapping[str, Mapping[str, FactoredRotation]],
     ) -> None:
         """Take over what `add` or `combine` made, once all of it is made."""
-        for path, layer in layers.items():
+        for layer in layers.values():
             if self.form == "unmerged" and layer.core is None:
-                layer.stand_beside()
-                if path not in self._layers:
-                    self._hooks.append(layer.linear.register_forward_hook(self._beside(path)))
+                layer.stand_beside(self._state)
             layer.cores = None
         self._layers = dict(layers)
         for other, told in retold.items():
@@ -422,38 +472,6 @@ class AdapterBank:
         else:
             with full_precision():
                 layer.merge(turn)
-
-    def _beside(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        """What adds a layer's rotation to its output."""
-
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            layer, rows = self._layers[path], self._rows
-            if rows is None and self._active is None:
-                return output
-            assert layer.right is not None and layer.core is not None and layer.left is not None
-            projected = inputs[0] @ layer.right
-            if rows is None:
-                return output + (projected @ layer.core) @ layer.left
-            cores = self._row_cores(layer, rows, len(inputs[0]))
-            if projected.ndim == 2:  # a classifier's, of one vector for each row
-                return output + (projected[:, None] @ cores)[:, 0] @ layer.left
-            while cores.ndim < projected.ndim:
-                cores = cores[:, None]
-            return output + (projected @ cores) @ layer.left
-
-        return add
-
-    def _row_cores(self, layer: _Layer, rows: Tensor, batch: int) -> Tensor:
-        """(R − I)ᵀ of each row of a batch."""
-        if batch != len(rows):
-            if not self._spread or batch % len(rows):
-                raise UnsupportedError(
-                    f"module '{layer.path}': gets {batch} rows for a batch of {len(rows)} tasks; "
-                    "this model cannot mix tasks in a batch"
-                )
-            rows = rows.repeat_interleave(batch // len(rows))  # beams stand beside each other
-        assert layer.cores is not None
-        return layer.cores[rows.to(layer.cores.device)]
 
     def _stack(self) -> None:
         """Prepare the layers for batches of mixed tasks."""
@@ -494,14 +512,13 @@ class AdapterBank:
                 self._check_task(task)
         self._stack()
         numbers = {name: row + 1 for row, name in enumerate(self._tasks)}
-        before = self._rows, self._spread
-        chosen = [0 if task is None else numbers[task] for task in tasks]
-        self._rows = torch.tensor(chosen, device=self._model.device)
-        self._spread = spread
+        state, chosen = self._state, [0 if task is None else numbers[task] for task in tasks]
+        before = state.rows, state.spread
+        state.rows, state.spread = torch.tensor(chosen, device=self._model.device), spread
         try:
             yield
         finally:
-            self._rows, self._spread = before
+            state.rows, state.spread = before
 
     def _check_rows(self, count: int, args: Sequence[Any], named: Mapping[str, Any]) -> None:
         """Check that there is one task for each row."""
@@ -525,13 +542,12 @@ class AdapterBank:
                 f"task '{task}': target module '{module}' is a {type(found).__name__}; a bank "
                 "changes float torch.nn.Linear layers"
             )
-        sharing = [
-            n for n, p in self._model.named_parameters(remove_duplicate=False) if p is weight
-        ]
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        sharing = [path for path, parameter in parameters if parameter is weight]
         if sharing[1:]:
             raise UnsupportedError(
-                f"task '{task}': the weight of '{module}' is tied to '{sharing[0]}'; changing it "
-                "would change both"
+                f"task '{task}': the weight of '{module}' is tied ({' and '.join(sharing)}); "
+                "changing it would change both"
             )
         return found
 
@@ -619,6 +635,20 @@ def _basis_of(
     found = finder.find(module, trained, sha256)
     assert found.basis is not None
     return found.basis
+
+
+def _row_cores(layer: _Layer, state: _State, batch: int) -> Tensor:
+    """(R − I)ᵀ of each row of a batch."""
+    rows = state.rows
+    assert rows is not None and layer.cores is not None
+    if batch != len(rows):
+        if not state.spread or batch % len(rows):
+            raise UnsupportedError(
+                f"module '{layer.path}': gets {batch} rows for a batch of {len(rows)} tasks; "
+                "this model cannot mix tasks in a batch"
+            )
+        rows = rows.repeat_interleave(batch // len(rows))
+    return layer.cores[rows.to(layer.cores.device)]
 
 
 def _core(turn: FactoredRotation) -> Tensor:
