@@ -27,6 +27,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.equivalence
 	$(BIN)/python -m benchmarks.givens
 	$(BIN)/python -m benchmarks.onnx
+	$(BIN)/python -m benchmarks.bank
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -8,23 +8,20 @@ The measuring process imports no torch (`run_measured` says why); its children i
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import child, machine_line
 from benchmarks.process import ProgramError, Usage, run_measured
 
 _EXAMPLES = Path(__file__).parent.parent / "examples" / "byte_llama"
@@ -34,6 +31,7 @@ _TASKS = {
     "arithmetic": _EXAMPLES / "adapters" / "arithmetic-strict-r32",
     "records": _EXAMPLES / "adapters" / "records-neumann-r48",
 }
+_MODULE = "benchmarks.onnx"
 _PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime")
 _MB = 1e6
 
@@ -68,7 +66,7 @@ def export_table(repeat: int, scratch: Path, environment: Mapping[str, str]) -> 
             shutil.rmtree(output, ignore_errors=True)
             runs[name].append(run_measured(command, environment, scratch / "log.txt"))
         shutil.rmtree(noted, ignore_errors=True)
-        steps.append(_child("steps", environment, _MODEL, adapter, noted))
+        steps.append(child(_MODULE, "steps", environment, _MODEL, adapter, noted))
     usage = {
         name: Usage(*map(statistics.median, zip(*map(astuple, of), strict=True)))
         for name, of in runs.items()
@@ -104,7 +102,7 @@ def serving_tables(repeat: int, scratch: Path, environment: Mapping[str, str]) -
     graphs = scratch / "graphs"
     pairs = [f"{task}={adapter}" for task, adapter in _TASKS.items()]
     _say(f"exporting {len(pairs) + 3} graphs")
-    _child("export", environment, _MODEL, graphs, *pairs)
+    child(_MODULE, "export", environment, _MODEL, graphs, *pairs)
     separate = {task: graphs / task for task in _TASKS}
     kinds = {
         f"{len(pairs)} graphs, one a task": (_SEPARATE, list(separate.values())),
@@ -118,7 +116,7 @@ def serving_tables(repeat: int, scratch: Path, environment: Mapping[str, str]) -
     for name, (kind, _) in kinds.items():
         _say(f"memory of {name}")
         found = [
-            _child("memory", environment, graphs, kind, *separate)
+            child(_MODULE, "memory", environment, graphs, kind, *separate)
             for _ in range(min(repeat, 3))  # a process each; they differ little
         ]
         memory[name] = {key: statistics.median(one[key] for one in found) for key in found[0]}
@@ -133,7 +131,7 @@ def serving_tables(repeat: int, scratch: Path, environment: Mapping[str, str]) -
         yield f"| {name} | {on_disk} | {resident} | {of['anonymous'] / _MB:.1f} MB |"
     yield ""
     _say("switching")
-    switch = _child("switch", environment, graphs, repeat, *separate)
+    switch = child(_MODULE, "switch", environment, graphs, repeat, *separate)
     adapters = [path for path in (graphs / _MANY).iterdir() if path.suffix == ".onnx_adapter"]
     further = max(path.stat().st_size for path in adapters)
     merged = max(map(_size, separate.values()))
@@ -152,7 +150,7 @@ def serving_tables(repeat: int, scratch: Path, environment: Mapping[str, str]) -
     )
     yield ""
     _say("generation")
-    speeds = _child("generate", environment, graphs, repeat, *separate)
+    speeds = child(_MODULE, "generate", environment, graphs, repeat, *separate)
     yield (
         f"| tokens a second, {_NEW} after {_PROMPT} | batch 1 | of the base's "
         f"| batch {_ROWS} | of the base's |"
@@ -176,16 +174,6 @@ def _ratio(ours: float, theirs: float) -> str:
     return f"{ours / theirs:.3f}"
 
 
-def _child(part: str, environment: Mapping[str, str], *arguments: object) -> dict[str, Any]:
-    """What one of the children below found, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.onnx", "--part", part, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise ProgramError(f"{part} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def _program() -> Path:
     return Path(sys.executable).with_name("psoft-export")
 
@@ -196,23 +184,6 @@ def _size(folder: Path) -> int:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _machine(threads: int) -> str:
-    """One line on what it all ran on."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    machine = f"{os.cpu_count()}-core {platform.machine()} ({names[0] if names else 'unknown'})"
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    python = platform.python_version()
-    return (
-        f"{machine}, {memory:.0f} GiB; {date.today()}; Python {python}, {versions}; "
-        f"{threads} threads"
-    )
 
 
 # The children: each imports what it needs, measures, and returns what is printed as JSON.
@@ -413,7 +384,7 @@ def main() -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
     repeat, exports = (1, 1) if options.quick else (options.repeat, options.exports)
     count = str(options.threads)
-    print(_machine(options.threads) + "\n", flush=True)
+    print(machine_line(options.threads, _PACKAGES) + "\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="psoft-bench-", dir=options.folder) as folder:
         scratch = Path(folder)
         environment = os.environ | {

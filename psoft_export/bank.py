@@ -52,18 +52,20 @@ class BankMemory:
         tasks: task → its rotations.
         originals: copies of the weights that a merge changes; zero where they are read from the
             base's files, and in an unmerged bank.
+        hot: merged weights of the tasks that are kept ready (`AdapterBank(hot=…)`).
         mixed: rotations of all tasks stacked for batches of mixed tasks.
     """
 
     basis: int
     tasks: Mapping[str, int]
     originals: int
+    hot: int
     mixed: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.basis + sum(self.tasks.values()) + self.originals + self.mixed
+        return self.basis + sum(self.tasks.values()) + self.originals + self.hot + self.mixed
 
 
 @dataclass
@@ -202,6 +204,7 @@ class AdapterBank:
         *,
         form: Form = "merged",
         base: str | Path | None = None,
+        hot: int = 0,
         svd_device: str | None = None,
         require_record: bool = False,
         cache: bool = True,
@@ -216,6 +219,9 @@ class AdapterBank:
             base: of a merged bank: the folder or Hub id that the model was loaded from; then the
                 base's weights are read from its safetensors files, memory-mapped, whenever they
                 are needed. Without it a copy of every weight that a task changes is kept.
+            hot: of a merged bank: of how many tasks, the last used, to keep the merged weights:
+                switching to one of them is a copy, and each takes as much memory as the weights
+                that it changes.
             svd_device: of adapters without a basis record: as for `merge`.
             require_record: refuse adapters without a basis record.
             cache: keep bases on disk, and take them from there.
@@ -232,7 +238,11 @@ class AdapterBank:
             raise UsageError("model: has an AdapterBank already; close() that one first")
         if base is not None and form != "merged":
             raise UsageError("base: an unmerged bank leaves the weights as they are; leave it away")
+        if hot < 0 or (hot and form != "merged"):
+            raise UsageError(f"hot {hot}: a number of tasks of a merged bank is needed")
         self.form = form
+        self._hot_limit = hot
+        self._hot: dict[str, dict[str, Tensor]] = {}  # the last used at the end
         self._model = model
         self._svd_device = choose_device(svd_device) if svd_device is not None else None
         self._require_record = require_record
@@ -274,6 +284,7 @@ class AdapterBank:
                 for name, turns in self._tasks.items()
             },
             originals=sum(_nbytes(layer.weight) for layer in layers) if held else 0,
+            hot=sum(_nbytes(*ready.values()) for ready in self._hot.values()),
             mixed=sum(_nbytes(layer.cores) for layer in layers if layer.cores is not None),
         )
 
@@ -393,6 +404,7 @@ class AdapterBank:
         if self._active == name:
             self.activate(None)
         del self._tasks[name]
+        self._hot.pop(name, None)
         for layer in self._layers.values():
             layer.cores = None
 
@@ -410,9 +422,14 @@ class AdapterBank:
             self._check_task(name)
         turns = self._tasks[name] if name is not None else {}
         before = self._tasks[self._active] if self._active is not None else {}
+        ready = self._hot.pop(name, {}) if name is not None else {}
         try:
-            for path in {**before, **turns}:
-                self._set(self._layers[path], turns.get(path))
+            with full_precision():
+                for path in {**before, **turns}:
+                    if path in ready:
+                        self._layers[path].weight.copy_(ready[path])
+                    else:
+                        self._set(self._layers[path], turns.get(path))
         except BaseException:
             for path in {**before, **turns}:
                 self._set(self._layers[path], None)
@@ -420,6 +437,11 @@ class AdapterBank:
             raise
         self._active = name
         self._state.is_active = name is not None
+        if name is not None and self._hot_limit:
+            kept = ready or {path: self._layers[path].weight.clone() for path in turns}
+            while len(self._hot) >= self._hot_limit:
+                del self._hot[next(iter(self._hot))]
+            self._hot[name] = kept
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -439,7 +461,7 @@ class AdapterBank:
         for method in ("forward", "generate"):
             self._model.__dict__.pop(method, None)
         delattr(self._model, _MARK)
-        self._layers, self._tasks = {}, {}
+        self._layers, self._tasks, self._hot = {}, {}, {}
 
     def _keep(
         self,
@@ -456,6 +478,7 @@ class AdapterBank:
         self._layers = dict(layers)
         for other, told in retold.items():
             self._tasks[other] |= told
+            self._hot.pop(other, None)
         self._tasks[name] = turns
         if self._active is not None and self.form == "unmerged":
             self.activate(self._active)  # in the buffers of layers made anew
@@ -470,8 +493,7 @@ class AdapterBank:
         elif turn is None:
             layer.weight.copy_(layer.original())
         else:
-            with full_precision():
-                layer.merge(turn)
+            layer.merge(turn)
 
     def _stack(self) -> None:
         """Prepare the layers for batches of mixed tasks."""

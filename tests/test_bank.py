@@ -158,6 +158,29 @@ def test_base_files_take_the_place_of_copies(
     assert bank.tasks == () and equal(model, before)
 
 
+def test_hot_tasks_are_copies_and_the_last_used_stay(make: Callable[..., AdapterBank]) -> None:
+    model = load()
+    cold = make(model)
+    expected = {}
+    for task in TASKS:
+        cold.activate(task)
+        expected[task] = weights(model)
+    cold.close()
+    before = weights(model)
+    bank = make(model, hot=2)
+    assert bank.memory.hot == 0
+    for task in ("prose", "arithmetic", "prose", "records", "prose", "arithmetic", "prose"):
+        bank.activate(task)
+        assert equal(model, expected[task])
+    assert set(bank._hot) == {"arithmetic", "prose"}
+    targets = sum(layer.weight.nbytes for layer in bank._layers.values())
+    assert bank.memory.hot == 2 * targets
+    bank.remove("prose")
+    assert set(bank._hot) == {"arithmetic"} and equal(model, before)
+    with pytest.raises(errors.UsageError, match="hot 1: a number of tasks of a merged bank"):
+        AdapterBank(load(), form="unmerged", hot=1)
+
+
 def kept_total(bank: AdapterBank) -> int:
     return bank.memory.basis + sum(bank.memory.tasks.values())
 

@@ -68,6 +68,8 @@ class Subspace:
         Raises:
             MismatchError: ΔW lies outside the subspace.
         """
+        if torch.equal(own.left, self.left) and torch.equal(own.right, self.right):
+            return turn, 0.0
         moved = own.left @ (turn.matrix - torch.eye(own.rank, dtype=torch.float64))
         identity = torch.eye(self.rank, dtype=torch.float64)
         if own.initialisation == self.initialisation and own.rank <= self.rank:
