@@ -221,6 +221,7 @@ def _bank(form: Any, *, of_files: bool = False, hot: int = 0) -> Callable[..., d
             _seconds(partial(bank.activate, names[turn % 2]))
             for turn in range(1, 2 * int(repeat) + 1)
         ]
+        memory = {count: total + bank.memory.hot for count, total in memory.items()}
         backs = []
         for _ in range(int(repeat)):
             backs.append(_seconds(partial(bank.activate, None)))

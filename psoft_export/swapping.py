@@ -11,6 +11,7 @@ from psoft_export.bases import BasisFinder
 from psoft_export.cache import open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.cloning import link_file
+from psoft_export.checkpoint.dtypes import WEIGHT_CODES, config_name
 from psoft_export.checkpoint.output import OutputFolder
 from psoft_export.checkpoint.reader import file_sha256
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header
@@ -101,7 +102,7 @@ def swap(
         known,
         one,
         require_record=require_record,
-        dtype=options.get("dtype"),
+        dtype=config_name(options["dtype"]) if options.get("dtype") else None,
         max_shard_size=options.get("max_shard_size"),
         neumann_terms=reading.neumann_terms,
         givens=reading.givens,
@@ -173,6 +174,7 @@ def _read_origin(folder: Path) -> dict[str, Any]:
         sound = (
             content["format"] == "psoft-export"
             and all(isinstance(content[n], dict) for n in ("base", "options", "files"))
+            and content["options"].get("dtype") in (None, *WEIGHT_CODES)
             and all(isinstance(module["tensor"], str) for module in content["modules"])
             and (folder / companions.CONFIG).is_file()
         )

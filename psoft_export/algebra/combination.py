@@ -220,7 +220,7 @@ _ALL = (
     Method(
         "ties",
         "keep the largest entries, elect a sign for each, sum up those that have it",
-        "I + λ (Σ|wᵢ|) · Σ' wᵢ Δᵢ / Σ'|wᵢ|, Σ' over those of the elected sign",
+        "I + λ (s / s') Σ' wᵢ Δᵢ, s = Σ abs wᵢ; ' only those of the elected sign",
         "arXiv 2306.01708",
         "tasks whose changes contradict each other entry by entry",
         sum=_ties,
@@ -281,7 +281,7 @@ _ALL = (
     Method(
         "orthomerge",
         "the mean of the generators, brought to the mean of their norms",
-        "Cayley(c Σ wᵢ Qᵢ), c = Σ |wᵢ| ‖Qᵢ‖ / ‖Σ wᵢ Qᵢ‖",
+        "Cayley(c Σ wᵢ Qᵢ), c = Σ abs(wᵢ) ‖Qᵢ‖ / ‖Σ wᵢ Qᵢ‖",
         "arXiv 2602.05943",
         "tasks whose generators are nearly orthogonal to each other, so that a mean is too weak",
         mean=_orthomerge,
