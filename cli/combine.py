@@ -108,6 +108,10 @@ def combine_command(
     adapters = Adapters.asked(adapter, method, factor, density, seed)
     texts = _texts(evaluate_on or [])
     _check_what(output, texts, plot, sweep_all=sweep_all)
+    if plot is not None:
+        from psoft_export.plots import check_picture
+
+        check_picture(plot)
     from psoft_export import Combination, combine, evaluate, sweep
 
     combination = adapters.reference()
@@ -138,12 +142,6 @@ def combine_command(
     if texts:
         judge = sweep if sweep_all else evaluate
         found = judge(base, combination, texts, note=out.note, **shared)
-    if plot is not None:
-        from psoft_export import Sweep
-        from psoft_export.plots import plot_sweep
-
-        assert isinstance(found, Sweep)
-        plot_sweep(found, plot)
 
     def show(console: Console) -> None:
         if report is not None:
@@ -153,6 +151,12 @@ def combine_command(
 
     data = report.to_dict() if report is not None else {}
     out.result(data | ({"evaluation": found.to_dict()} if found is not None else {}), show)
+    if plot is not None:
+        from psoft_export import Sweep
+        from psoft_export.plots import plot_sweep
+
+        assert isinstance(found, Sweep)
+        plot_sweep(found, plot)
 
 
 def _texts(given: list[str]) -> dict[str, str]:

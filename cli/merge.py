@@ -137,6 +137,7 @@ def merge_command(
             Reading(options.neumann_terms(neumann_terms), givens),
             device=device,
             svd_device=svd_device,
+            require_record=require_record,
             cache=not no_cache,
             cache_dir=cache_dir,
             token=token,

@@ -75,12 +75,12 @@ class _State:
     Attributes:
         is_active: one task is active.
         rows: the task of each row of the batch (0 for the base), or None.
-        spread: a batch may have more rows than that, each task's beside each other (beams).
+        spread: how many rows beside each other a task may have (beams), beside one.
     """
 
     is_active: bool = False
     rows: Tensor | None = None
-    spread: bool = False
+    spread: int = 1
 
 
 @dataclass
@@ -126,16 +126,26 @@ class _Layer:
             del linear.psoft_layer, linear.psoft_state
             linear.__class__ = nn.Linear  # type: ignore[assignment]
 
-    def stand_beside(self, state: _State) -> None:
-        """Let the layer add what `state` says to its output, from now on."""
+    def prepare(self) -> None:
+        """Make the factors that stand beside the weight."""
         weight = self.weight
         self.right = self.basis.a.T.to(weight).contiguous()
         self.left = (self.options.scaling * self.basis.b.double()).T.to(weight).contiguous()
         self.core = torch.zeros(len(self.left), len(self.left), dtype=weight.dtype).to(weight)
         self.cores = None
+
+    def stand_beside(self, state: _State) -> None:
+        """Let the layer add what `state` says to its output, from now on."""
         self.linear.__class__ = RotatedLinear
         assert isinstance(self.linear, RotatedLinear)
         self.linear.psoft_layer, self.linear.psoft_state = self, state
+
+    def rotate(self, turn: FactoredRotation) -> None:
+        """Let the layer do a rotation: beside its weight, or merged into it."""
+        if self.core is not None:
+            self.core.copy_(_core(turn).T)
+        else:
+            self.merge(turn)
 
     def merge(self, turn: FactoredRotation) -> None:
         """Make the weight W + scaling · B (R − I) A, formed in float32."""
@@ -251,9 +261,11 @@ class AdapterBank:
         self._layers: dict[str, _Layer] = {}
         self._tasks: dict[str, dict[str, FactoredRotation]] = {}
         self._active: str | None = None
+        self._touched: set[str] = set()  # layers that may not be the base's
         self._state = _State()
         self._thread = threading.get_ident()
         self._files = _BaseFiles(model, base, token) if base is not None else None
+        self._before: dict[str, Any] = {}
         setattr(model, _MARK, self)
         self._wrap("forward")
         if hasattr(model, "generate"):
@@ -421,27 +433,26 @@ class AdapterBank:
         if name is not None:
             self._check_task(name)
         turns = self._tasks[name] if name is not None else {}
-        before = self._tasks[self._active] if self._active is not None else {}
         ready = self._hot.pop(name, {}) if name is not None else {}
+        self._active, self._state.is_active = None, False
         try:
             with full_precision():
-                for path in {**before, **turns}:
+                for path in {*self._touched, *turns}:
+                    if path not in turns:
+                        self._restore(path)
+                        continue
+                    self._touched.add(path)
                     if path in ready:
                         self._layers[path].weight.copy_(ready[path])
                     else:
-                        self._set(self._layers[path], turns.get(path))
+                        self._layers[path].rotate(turns[path])
         except BaseException:
-            for path in {**before, **turns}:
-                self._set(self._layers[path], None)
-            self._active, self._state.is_active = None, False
+            for path in list(self._touched):  # what is not restored stays touched
+                self._restore(path)
             raise
-        self._active = name
-        self._state.is_active = name is not None
+        self._active, self._state.is_active = name, name is not None
         if name is not None and self._hot_limit:
-            kept = ready or {path: self._layers[path].weight.clone() for path in turns}
-            while len(self._hot) >= self._hot_limit:
-                del self._hot[next(iter(self._hot))]
-            self._hot[name] = kept
+            self._keep_hot(name, ready)
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -458,8 +469,10 @@ class AdapterBank:
         self.activate(None)
         for layer in self._layers.values():
             layer.restore_class()
-        for method in ("forward", "generate"):
-            self._model.__dict__.pop(method, None)
+        for method, before in self._before.items():
+            delattr(self._model, method)
+            if before is not None:  # another library's own
+                setattr(self._model, method, before)
         delattr(self._model, _MARK)
         self._layers, self._tasks, self._hot = {}, {}, {}
 
@@ -471,9 +484,13 @@ class AdapterBank:
         retold: Mapping[str, Mapping[str, FactoredRotation]],
     ) -> None:
         """Take over what `add` or `combine` made, once all of it is made."""
-        for layer in layers.values():
-            if self.form == "unmerged" and layer.core is None:
+        fresh = [layer for path, layer in layers.items() if self._layers.get(path) is not layer]
+        if self.form == "unmerged":
+            for layer in fresh:
+                layer.prepare()  # all that needs memory, before anything changes
+            for layer in fresh:
                 layer.stand_beside(self._state)
+        for layer in layers.values():
             layer.cores = None
         self._layers = dict(layers)
         for other, told in retold.items():
@@ -483,17 +500,25 @@ class AdapterBank:
         if self._active is not None and self.form == "unmerged":
             self.activate(self._active)  # in the buffers of layers made anew
 
-    def _set(self, layer: _Layer, turn: FactoredRotation | None) -> None:
-        """Let a layer do a rotation, or none."""
+    def _restore(self, path: str) -> None:
+        """Let a layer do what the base does."""
+        layer = self._layers[path]
         if layer.core is not None:
-            if turn is None:
-                layer.core.zero_()
-            else:
-                layer.core.copy_(_core(turn).T)
-        elif turn is None:
-            layer.weight.copy_(layer.original())
+            layer.core.zero_()
         else:
-            layer.merge(turn)
+            layer.weight.copy_(layer.original())
+        self._touched.discard(path)
+
+    def _keep_hot(self, name: str, ready: dict[str, Tensor]) -> None:
+        """Keep the weights of the task just activated, if there is memory for them."""
+        while len(self._hot) >= self._hot_limit:
+            del self._hot[next(iter(self._hot))]
+        if not ready:
+            try:
+                ready = {path: self._layers[path].weight.clone() for path in self._tasks[name]}
+            except (MemoryError, RuntimeError):  # torch's out-of-memory errors are RuntimeErrors
+                return
+        self._hot[name] = ready
 
     def _stack(self) -> None:
         """Prepare the layers for batches of mixed tasks."""
@@ -508,19 +533,21 @@ class AdapterBank:
     def _wrap(self, method: str) -> None:
         """Let a method of the model take `tasks`."""
         plain = getattr(self._model, method)
+        self._before[method] = vars(self._model).get(method)
 
         @functools.wraps(plain)
         def run(*args: Any, tasks: Sequence[str | None] | None = None, **named: Any) -> Any:
             if tasks is None:
                 return plain(*args, **named)
-            with self._rows_of(tasks, spread=method == "generate"):
+            spread = self._expansion(named) if method == "generate" else 1
+            with self._rows_of(tasks, spread):
                 self._check_rows(len(tasks), args, named)
                 return plain(*args, **named)
 
         setattr(self._model, method, run)
 
     @contextmanager
-    def _rows_of(self, tasks: Sequence[str | None], *, spread: bool) -> Iterator[None]:
+    def _rows_of(self, tasks: Sequence[str | None], spread: int) -> Iterator[None]:
         """Within the block each row of a batch has its own task."""
         if self.form != "unmerged":
             raise UsageError(
@@ -544,10 +571,20 @@ class AdapterBank:
 
     def _check_rows(self, count: int, args: Sequence[Any], named: Mapping[str, Any]) -> None:
         """Check that there is one task for each row."""
-        given = [*args[:1], *(named.get(n) for n in ("input_ids", "inputs", "pixel_values"))]
+        names = {"input_ids", "inputs", "inputs_embeds", self._model.main_input_name}
+        given = [*args[:1], *(named.get(name) for name in names)]
         for tensor in given:
             if isinstance(tensor, Tensor) and len(tensor) != count:
                 raise UsageError(f"tasks: {count} are given for a batch of {len(tensor)} rows")
+
+    def _expansion(self, named: Mapping[str, Any]) -> int:
+        """How many rows generation makes of each."""
+        config = named.get("generation_config") or self._model.generation_config
+        counts = (
+            named.get(name) or getattr(config, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
+        )
+        return max(counts)
 
     def _linear(self, task: str, module: str) -> nn.Linear:
         """The layer that an adapter changes."""
@@ -559,6 +596,11 @@ class AdapterBank:
                 f"({type(self._model).__name__}); was the adapter trained on another base?"
             ) from cause
         weight = getattr(found, "weight", None)
+        if "forward" in vars(found) or getattr(weight, "is_meta", False):
+            raise UnsupportedError(
+                f"task '{task}': target module '{module}' is in another library's hands "
+                "(accelerate's hooks, or weights that are not loaded); load the model on one device"
+            )
         if type(found) is not nn.Linear or weight is None or weight.dtype not in FLOATING:
             raise UnsupportedError(
                 f"task '{task}': target module '{module}' is a {type(found).__name__}; a bank "
@@ -664,12 +706,12 @@ def _row_cores(layer: _Layer, state: _State, batch: int) -> Tensor:
     rows = state.rows
     assert rows is not None and layer.cores is not None
     if batch != len(rows):
-        if not state.spread or batch % len(rows):
+        if batch != state.spread * len(rows):
             raise UnsupportedError(
                 f"module '{layer.path}': gets {batch} rows for a batch of {len(rows)} tasks; "
                 "this model cannot mix tasks in a batch"
             )
-        rows = rows.repeat_interleave(batch // len(rows))
+        rows = rows.repeat_interleave(state.spread)
     return layer.cores[rows.to(layer.cores.device)]
 
 

@@ -162,6 +162,7 @@ class CombineReport:
         kind: of its basis record, `signs` or `full`.
         modules: one entry a module, in the order of the base.
         manifest: all that `psoft_export.json` says.
+        adapters: the folders that the adapters were read from, in their order.
     """
 
     output: Path
@@ -169,6 +170,7 @@ class CombineReport:
     kind: Kind
     modules: tuple[CombinedModule, ...]
     manifest: Mapping[str, Any]
+    adapters: tuple[Path, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as one JSON-ready object."""
@@ -300,7 +302,7 @@ def one_adapter(
         raise UsageError(f"givens {reading.givens}: is for qGOFT, which cannot be combined")
     scratch = tempfile.TemporaryDirectory(prefix="psoft-export-")
     folder = Path(scratch.name) / "combination"
-    combine(
+    report = combine(
         base,
         adapter,
         folder,
@@ -312,7 +314,8 @@ def one_adapter(
         cache_dir=cache_dir,
         token=token,
     )
-    return Source(folder, adapter.title, scratch=scratch), Reading()
+    source = Source(folder, adapter.title, scratch=scratch, made_from=report.adapters)
+    return source, Reading()
 
 
 @dataclass(frozen=True)
@@ -404,7 +407,8 @@ class _Combiner:
         content = self._manifest(adapter.method)
         companions.write_json(folder.path / combination_file.FILENAME, content)
         folder.commit()
-        return CombineReport(target, adapter.method, chosen, tuple(self._modules), content)
+        read = tuple(member.adapter.source.folder for member in self._members)
+        return CombineReport(target, adapter.method, chosen, tuple(self._modules), content, read)
 
     def _write_record(self, folder: Path, kind: KindChoice) -> Kind:
         """Write the record, which computes all modules; a second time if signs say too little."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from psoft_export.adapters.adapter import NeumannTerms
 from psoft_export.algebra.combination import METHODS
 from psoft_export.bank import AdapterBank
-from psoft_export.combining import Combination
+from psoft_export.combining import Combination, chosen_method
 from psoft_export.device import choose_device
 from psoft_export.errors import UnsupportedError, UsageError
 from psoft_export.opening import plan_merge
@@ -26,7 +26,7 @@ from psoft_export.verification.models import UnmergedLoader
 _WINDOW = 256  # tokens, the first of which is given
 _WINDOWS = 64  # of a text, at most
 _ROWS = 16  # run at a time
-_COMBINED = "combination"
+_BASE, _COMBINED = "base", "combination"  # what the table calls them
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
 
 Note = Callable[[str], None]
@@ -185,6 +185,8 @@ def sweep(
         raise UsageError(f"scales {list(scales)}: numbers are needed")
     count = len(combination.adapters)
     fitting = [name for name, m in METHODS.items() if m.adapters in (None, count)]
+    for name in methods or ():
+        chosen_method(name, count)
     shared = (device, svd_device, require_record, neumann_terms, cache, cache_dir, token, note)
     with _opened(base, combination, texts, *shared) as run:
         table = run.table()
@@ -209,6 +211,11 @@ def _opened(
     """Base and adapters in memory, and the tokens of the texts."""
     if not texts:
         raise UsageError("no text to evaluate on is given")
+    if taken := [name for name in (_BASE, _COMBINED) if name in combination.adapters]:
+        raise UsageError(
+            f"adapter '{taken[0]}': is what the table calls another model; give it another name "
+            "(NAME=ADAPTER)"
+        )
     on = choose_device(device)
     first = next(iter(combination.adapters.values()))
     plan = plan_merge(
@@ -263,8 +270,8 @@ class _Evaluation:
         """Losses of base, adapters, and the combination asked for."""
         models: dict[str, Mapping[str, float]] = {}
         for task in (None, *self._combination.adapters):
-            self._tell(f"evaluating: {task or 'base'}")
-            models[task or "base"] = self._losses(task)
+            self._tell(f"evaluating: {task or _BASE}")
+            models[task or _BASE] = self._losses(task)
         asked = self._combination
         self._tell(f"evaluating: {asked.title}")
         models[_COMBINED] = self._combined(asked.method, 1.0)
@@ -284,10 +291,7 @@ class _Evaluation:
 
     def _combined(self, method: str, scale: float) -> dict[str, float]:
         asked = self._combination
-        options = {
-            name: getattr(asked.settings, name)
-            for name in (METHODS[method].settings if method in METHODS else ())
-        }
+        options = {name: getattr(asked.settings, name) for name in METHODS[method].settings}
         weights = {
             name: scale * weight
             for name, weight in zip(asked.adapters, asked.ordered_weights, strict=True)

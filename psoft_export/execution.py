@@ -107,19 +107,13 @@ class Run:
         self._pipeline = TargetPipeline(bases, device, self._merged, largest)
         self._done_bytes, self._total_bytes = 0, plan.output_bytes
         self._changed: Collection[str] | None = None
-        self._hash_base = True
 
     def write_weights(self, folder: Path) -> None:
         """Write every weight file into `folder`."""
         self._write(_ShardSink(folder, self._plan.layout.shards, self.files))
 
     def rewrite(
-        self,
-        merged: Mapping[str, TensorEntry],
-        folder: Path,
-        changed: Collection[str],
-        *,
-        hash_base: bool,
+        self, merged: Mapping[str, TensorEntry], folder: Path, changed: Collection[str]
     ) -> None:
         """Write the weight files that differ from those of another merge of the same base.
 
@@ -127,9 +121,8 @@ class Run:
             merged: the tensors of that other merge, by name; of the layout of this plan.
             folder: to write into.
             changed: the tensors that differ; all others stay as they are in `merged`.
-            hash_base: read all of the base, for `sha256`.
         """
-        self._changed, self._hash_base = changed, hash_base
+        self._changed = changed
         entries = {name: merged[name] for name in changed}
         self._total_bytes = sum(entry.nbytes for entry in entries.values())
         self._write(_PatchSink(folder, entries, self.files))
@@ -182,7 +175,7 @@ class Run:
                     else:
                         for data in base.chunks(_entry(tensor)):
                             yield _Copy(tensor, data)
-            self.sha256 = base.sha256() if self._hash_base else {}
+            self.sha256 = base.sha256()
 
     def _copied(self, piece: _Copy) -> Tensor:
         """The output bytes of a tensor that is not merged: its own, or cast to another dtype."""

@@ -267,7 +267,9 @@ def check_apart(target: Path, plan: MergePlan) -> None:
         OutputError: it would.
     """
     output = target.resolve()
-    for folder in (plan.base.folder.resolve(), plan.adapter.source.folder.resolve()):
+    adapter = plan.adapter.source
+    for path in (plan.base.folder, adapter.folder, *adapter.made_from):
+        folder = path.resolve()
         if output == folder or output in folder.parents:
             raise OutputError(f"{target}: is or holds the input {folder}; choose another output")
 

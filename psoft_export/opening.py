@@ -6,6 +6,7 @@ from pathlib import Path
 from psoft_export.adapters import basis_record
 from psoft_export.adapters.adapter import Adapter, NeumannTerms, Reading
 from psoft_export.adapters.basis_record import BasisRecord
+from psoft_export.adapters.combination_file import read_combination
 from psoft_export.adapters.kinds import load_adapter, read_adapter
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.checkpoint import companions
@@ -37,6 +38,7 @@ def plan_merge(
         loaded = read_adapter(adapter, reading)
     else:
         loaded = load_adapter(adapter, neumann_terms=neumann_terms, givens=givens, token=token)
+    read_combination(loaded.source.folder)  # what is malformed is refused before the work
     if require_record and loaded.needs_record:
         needed_record(loaded)
     source = resolve(base, companions.CONFIG, base_files, token=token)

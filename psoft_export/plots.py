@@ -35,14 +35,13 @@ def plot_rotation_angles(summary: AdapterSummary, file: Path) -> None:
     drawn = [layer for layer in summary.layers if layer.angles]
     if not drawn:
         raise UsageError(f"{file}: {summary.method}: has no rotation angles to draw")
-    with plot_extra("--plot"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    if not file.suffix:
-        raise OutputError(f"{file}: its name needs a suffix: .png, .svg or .pdf")
+    check_picture(file)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     groups: dict[str, list[LayerSummary]] = {}
     for layer in drawn:
         groups.setdefault(layer.kind, []).append(layer)
@@ -88,12 +87,11 @@ def plot_sweep(sweep: "Sweep", file: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         OutputError: the file cannot be written, or its suffix is unknown.
     """
-    with plot_extra("--plot"):
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    if not file.suffix:
-        raise OutputError(f"{file}: its name needs a suffix: .png, .svg or .pdf")
+    check_picture(file)
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     texts = list(sweep.table.losses)
     figure = Figure(figsize=(4.2 * len(texts) + 2.2, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -122,6 +120,22 @@ def plot_sweep(sweep: "Sweep", file: Path) -> None:
     panels[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
     figure.suptitle(f"weights of {sweep.table.combination.rpartition(',')[0]}, times", fontsize=11)
     _save(figure, file)
+
+
+def check_picture(file: Path) -> None:
+    """Check, before the work, that a picture can be drawn into a file.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file has no suffix that is known, or no folder.
+    """
+    with plot_extra("--plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if file.suffix.removeprefix(".") not in known:
+        raise OutputError(f"{file}: its name needs a suffix: .png, .svg or .pdf")
+    if not file.absolute().parent.is_dir():
+        raise OutputError(f"{file.absolute().parent}: no such folder to put '{file.name}' in")
 
 
 def _save(figure: "Figure", file: Path) -> None:

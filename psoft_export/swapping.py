@@ -12,10 +12,10 @@ from psoft_export.cache import open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.cloning import link_file
 from psoft_export.checkpoint.dtypes import WEIGHT_CODES, config_name
-from psoft_export.checkpoint.output import OutputFolder
-from psoft_export.checkpoint.reader import file_sha256
+from psoft_export.checkpoint.output import OutputFolder, check_free_space
+from psoft_export.checkpoint.reader import INDEX, SAFETENSORS, file_sha256
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header
-from psoft_export.checkpoint.source import Source
+from psoft_export.checkpoint.source import Source, member
 from psoft_export.combining import Combination, one_adapter
 from psoft_export.device import choose_device
 from psoft_export.errors import CheckpointError, MismatchError, UnsupportedError, UsageError
@@ -56,8 +56,8 @@ def swap(
     Args:
         merged: the folder, as `merge` or `swap` left it.
         adapter: folder or Hub id of the other adapter, or a combination of several.
-        base: folder or Hub id of the base of both; by default the Hub repository and commit that
-            `psoft_export.json` names.
+        base: folder or Hub id of the base of both, which is read and hashed; by default the Hub
+            repository and commit that `psoft_export.json` names.
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
         svd_device: as for `merge`.
         require_record: refuse an adapter without a basis record.
@@ -84,65 +84,61 @@ def swap(
     trained_on = choose_device(svd_device) if svd_device is not None else None
     store = open_cache(cache_dir) if cache else None
     folder = Path(merged)
-    origin = _read_origin(folder)
-    known = _base_of(origin, folder) if base is None else base
-    one, reading = one_adapter(
-        known,
-        adapter,
-        Reading(neumann_terms, givens),
-        device=device,
-        svd_device=svd_device,
-        require_record=require_record,
-        cache=cache,
-        cache_dir=cache_dir,
-        token=token,
-    )
-    options = origin["options"]
-    plan = plan_merge(
-        known,
-        one,
-        require_record=require_record,
-        dtype=config_name(options["dtype"]) if options.get("dtype") else None,
-        max_shard_size=options.get("max_shard_size"),
-        neumann_terms=reading.neumann_terms,
-        givens=reading.givens,
-        token=token,
-    )
-    check_apart(folder, plan)
-    entries = _tensors(folder, plan, origin)
-    before = {module["tensor"] for module in origin["modules"]}
-    now = {target.spec.name for target in plan.targets}
-    if strange := sorted((before | now) - entries.keys()):
-        raise CheckpointError(f"{folder}: has no tensor '{strange[0]}'; merge again")
-    _check_untouched(folder, origin)
-    files = companions.gather(plan.base.folder, plan.adapter.source.folder)
-    hashes = companion_hashes(plan, files)
-    changed = {entries[name].file.name for name in before | now}
-    room = companions.ROOM_BYTES + sum((folder / name).stat().st_size for name in changed)
-    with OutputFolder(folder, overwrite=True, needed_bytes=room) as output:
+    # From here on nobody else writes the folder, and what a killed run left is cleared.
+    with OutputFolder(folder, overwrite=True) as output:
+        origin = _read_origin(folder)
+        known = _base_of(origin, folder) if base is None else base
+        one, reading = one_adapter(
+            known,
+            adapter,
+            Reading(neumann_terms, givens),
+            device=device,
+            svd_device=svd_device,
+            require_record=require_record,
+            cache=cache,
+            cache_dir=cache_dir,
+            token=token,
+        )
+        options = origin["options"]
+        plan = plan_merge(
+            known,
+            one,
+            require_record=require_record,
+            dtype=config_name(options["dtype"]) if options.get("dtype") else None,
+            max_shard_size=options.get("max_shard_size"),
+            neumann_terms=reading.neumann_terms,
+            givens=reading.givens,
+            token=token,
+        )
+        check_apart(folder, plan)
+        entries = _tensors(folder, plan, origin)
+        changed = {m["tensor"] for m in origin["modules"]} | {t.spec.name for t in plan.targets}
+        if strange := sorted(changed - entries.keys()):
+            raise CheckpointError(f"{folder}: has no tensor '{strange[0]}'; merge again")
+        _check_untouched(folder, origin)
+        files = companions.gather(plan.base.folder, plan.adapter.source.folder)
+        hashes = companion_hashes(plan, files)
+        written = {entries[name].file for name in changed}
+        room = companions.ROOM_BYTES + sum(path.stat().st_size for path in written)
+        check_free_space(output.path.parent, room)
         companions.write_companions(files, output.path)
         companions.write_config(plan.base.folder, plan.layout.config_changes, output.path)
         bases = BasisFinder(plan.adapter, device=on, svd_device=trained_on, cache=store)
         run = Run(plan, bases, on, progress)
-        # A record vouches for the weights that the adapter changes, and for no other.
-        vouched = plan.adapter.record is not None and before <= now
-        run.rewrite(entries, output.path, before | now, hash_base=not vouched)
+        run.rewrite(entries, output.path, changed)
         _check_base(run.sha256, origin, plan)
-        _carry_over(folder, output.path)
+        _carry_over(folder, output.path, origin)
+        weights = run.weights_level()
         content = describe_run(
             plan,
             bases,
             plan.adapter.product_dtype(on),
-            run.sha256 or _weight_hashes(origin),
+            run.sha256,
             hashes,
             options,
             run.modules,
             files={**origin["files"], **run.files},
-            verification={
-                "weights": run.weights_level().summary(),
-                "geometry": None,
-                "outputs": None,
-            },
+            verification={"weights": weights.summary(), "geometry": None, "outputs": None},
             warnings=_card_warning(folder),
         )
         companions.write_json(output.path / FILENAME, content)
@@ -152,7 +148,7 @@ def swap(
             merged=source_record(Source(folder, folder.absolute().name), content["files"]),
             method=plan.adapter.method,
             basis=content["basis"],
-            weights=run.weights_level(),
+            weights=weights,
             geometry=None,
             outputs=None,
             warnings=tuple(content["warnings"]),
@@ -171,13 +167,7 @@ def _read_origin(folder: Path) -> dict[str, Any]:
     path = folder / FILENAME
     try:
         content = json.loads(path.read_text("utf-8"))
-        sound = (
-            content["format"] == "psoft-export"
-            and all(isinstance(content[n], dict) for n in ("base", "options", "files"))
-            and content["options"].get("dtype") in (None, *WEIGHT_CODES)
-            and all(isinstance(module["tensor"], str) for module in content["modules"])
-            and (folder / companions.CONFIG).is_file()
-        )
+        sound = _is_of_merge(content) and (folder / companions.CONFIG).is_file()
         saved = content["verification"]["weights"]["saved_tensors"] if sound else 0
     except FileNotFoundError as cause:
         raise CheckpointError(
@@ -187,12 +177,32 @@ def _read_origin(folder: Path) -> dict[str, Any]:
         sound = False
     if not sound:
         raise CheckpointError(f"{path}: is not of a merge; merge again with --overwrite")
+    for name in content["files"]:
+        member(folder, name, FILENAME, CheckpointError)
+    if (link := next((p for p in folder.rglob("*") if p.is_symlink()), None)) is not None:
+        raise CheckpointError(
+            f"{link}: is a symbolic link; swap replaces plain folders: put the file itself there"
+        )
     if saved:
         raise UnsupportedError(
             f"{folder}: its adapter brought {saved} tensor(s) of its own (a head); merge the other "
             "one with --overwrite"
         )
     return dict(content)
+
+
+def _is_of_merge(content: Any) -> bool:
+    """Whether `psoft_export.json` has what is needed of it; may raise KeyError or TypeError."""
+    base, adapter = content["base"], content["adapter"]
+    hashes = (base["sha256"], adapter["sha256"], content["files"])
+    pairs = [pair for mapping in hashes for pair in mapping.items()]
+    return (
+        content["format"] == "psoft-export"
+        and all(isinstance(text, str) for pair in pairs for text in pair)
+        and content["options"].get("dtype") in (None, *WEIGHT_CODES)
+        and all(isinstance(module["tensor"], str) for module in content["modules"])
+        and (base["kind"] != "hub" or all(isinstance(base[n], str) for n in ("name", "revision")))
+    )
 
 
 def _base_of(origin: Mapping[str, Any], folder: Path) -> str:
@@ -247,17 +257,13 @@ def _check_untouched(folder: Path, origin: Mapping[str, Any]) -> None:
             )
 
 
-def _weight_hashes(origin: Mapping[str, Any]) -> dict[str, str]:
-    return dict(origin["base"]["sha256"])
-
-
 def _check_base(sha256: Mapping[str, str], origin: Mapping[str, Any], plan: MergePlan) -> None:
-    """Check the base's files, where they were hashed, against those of the first merge.
+    """Check the base's weight files against those of the first merge.
 
     Raises:
         MismatchError: they are others.
     """
-    stated = _weight_hashes(origin)
+    stated = origin["base"]["sha256"]
     for name, found in sha256.items():
         if stated.get(name) != found:
             raise MismatchError(
@@ -266,11 +272,17 @@ def _check_base(sha256: Mapping[str, str], origin: Mapping[str, Any], plan: Merg
             )
 
 
-def _carry_over(folder: Path, output: Path) -> None:
-    """Take over every file that is not there yet: untouched weight files, index, card, others."""
+def _carry_over(folder: Path, output: Path, origin: Mapping[str, Any]) -> None:
+    """Take over what is not there yet: untouched weight files, their index, and the user's files.
+
+    Not the tokenizer and processor of the adapter before, nor anything that its merge took.
+    """
+    left = companions.BROUGHT | origin["base"]["sha256"].keys() | origin["adapter"]["sha256"].keys()
+    left = (left | {FILENAME}) - origin["files"].keys()
     for path in sorted(folder.rglob("*")):
-        target = output / path.relative_to(folder)
-        if path.is_symlink() or not path.is_file() or target.exists() or path.name == FILENAME:
+        name = path.relative_to(folder).as_posix()
+        target = output / name
+        if not path.is_file() or target.exists() or name in left - {SAFETENSORS + INDEX}:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         link_file(path, target)

@@ -108,16 +108,23 @@ class FactoredRotation:
     def _signed(self, turned: Tensor) -> "FactoredRotation | None":
         """As `in_basis`, where M is (D 0) for signs D: exact, and vectors stay what they are."""
         rank, larger = turned.shape
-        signs = torch.where(turned.diagonal() < 0, -1.0, 1.0).double()
-        expected = torch.zeros_like(turned)
-        expected.fill_diagonal_(1)
-        if float((signs[:, None] * turned - expected).abs().max()) > _ALIGNED:
+        nearest = nearest_signs(turned)
+        if float((turned - nearest).abs().max()) > _ALIGNED:
             return None
+        signs = nearest.diagonal()
         whole = FactoredRotation.identity(larger)
         core, a, b = whole.core.clone(), whole.vector_a.clone(), whole.vector_b.clone()
         core[:rank, :rank] = signs[:, None] * self.core * signs[None, :]
         a[:rank], b[:rank] = self.vector_a, self.vector_b
         return FactoredRotation(core, a, b, self.is_orthogonal)
+
+
+def nearest_signs(turned: Tensor) -> Tensor:
+    """(D 0) for the signs D of the diagonal of M (r × r')."""
+    found = torch.zeros_like(turned)
+    signs = torch.where(turned.diagonal() < 0, -1.0, 1.0)
+    found.diagonal().copy_(signs)
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psoft_export.algebra.factored_rotation import FactoredRotation
+from psoft_export.algebra.factored_rotation import FactoredRotation, nearest_signs
 from psoft_export.basis.svd import Basis, BasisOptions, Initialisation
 from psoft_export.changes.change import WeightChange
 from psoft_export.changes.subspace import SubspaceRotation
@@ -76,11 +76,14 @@ class Subspace:
             left, _, right = torch.linalg.svd(
                 _unit_rows(own.right) @ _unit_rows(self.right).T, full_matrices=False
             )
-            turned = turn.in_basis(left @ right)
-            here = self.left @ (turned.matrix - identity)
-            outside = _share_left(moved, own.right, here, self.right)
-            if outside <= _TURNED:
-                return turned, outside
+            frame = left @ right
+            # Scaling vectors stay what they are where only signs differ: tried first for them.
+            frames = [nearest_signs(frame), frame] if turn.has_vectors else [frame]
+            for turned in map(turn.in_basis, frames):
+                here = self.left @ (turned.matrix - identity)
+                outside = _share_left(moved, own.right, here, self.right)
+                if outside <= _TURNED:
+                    return turned, outside
         core, outside = self._fitted(moved, own.right, name)
         return FactoredRotation.free(identity + core), outside
 

@@ -34,6 +34,7 @@ _PROCESSOR = {
     "image_processor_config.json",
 }
 _TEMPLATES = {"chat_template.jinja", "chat_template.json"}
+BROUGHT = _TOKENIZER | _TEMPLATES | _PROCESSOR  # what an adapter may bring
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".codes")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _WRITTEN_ANEW = {CONFIG, "psoft_export.json", "adapter_config.json", "export.json"}
@@ -100,8 +101,7 @@ def gather_one(folder: Path) -> dict[str, Path]:
 
 def brought(adapter: Path) -> dict[str, Path]:
     """The tokenizer, chat template and processor files that an adapter brings, by name."""
-    known = _TOKENIZER | _TEMPLATES | _PROCESSOR
-    return {path.name: path for path in sorted(adapter.iterdir()) if path.name in known}
+    return {path.name: path for path in sorted(adapter.iterdir()) if path.name in BROUGHT}
 
 
 def write_companions(files: Mapping[str, Path], target: Path) -> None:

@@ -20,13 +20,15 @@ class Source:
 
     `name` is the folder's own name for a local folder (never its path, which would publish the
     layout of a machine) and the repository id for a Hub one; `commit` is the Hub commit, or None.
-    `scratch` is what removes a temporary folder with the last reference to it, or None.
+    `scratch` is what removes a temporary folder with the last reference to it, or None, and
+    `made_from` the folders that the files in it were made from.
     """
 
     folder: Path
     name: str
     commit: str | None = None
     scratch: TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
+    made_from: tuple[Path, ...] = ()
 
     @property
     def kind(self) -> str:
