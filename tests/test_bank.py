@@ -111,16 +111,16 @@ def test_weights_are_those_that_merge_writes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", [None, BASE])
+@pytest.mark.parametrize(("base", "count"), [(None, 1000), (BASE, 100)])
 def test_a_thousand_switches_return_the_base_bit_for_bit(
-    base: Path | None, make: Callable[..., AdapterBank]
+    base: Path | None, count: int, make: Callable[..., AdapterBank]
 ) -> None:
     model = load(dtype=torch.bfloat16)
     before = weights(model)
     bank = make(model, base=base)
     tasks: list[str | None] = [None, *TASKS]
     seen: dict[str | None, dict[str, Tensor]] = {}
-    picks = torch.randint(0, 4, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
+    picks = torch.randint(0, 4, (count,), generator=torch.Generator().manual_seed(1)).tolist()
     for number, pick in enumerate(picks):
         task = tasks[pick]
         bank.activate(task)
@@ -244,7 +244,37 @@ def test_generates_for_one_task_and_for_several(make: Callable[..., AdapterBank]
         assert torch.equal(model.generate(ids, **options)[0], rows[0])
 
 
-@pytest.mark.parametrize("family", ["vit", "deberta", "t5", "minilm", "qwen3"])
+def test_more_rows_than_tasks_are_only_beams(make: Callable[..., AdapterBank]) -> None:
+    model = load()
+    make(model, form="unmerged")
+    embedded = model.get_input_embeddings()(IDS)
+    words = "2 are given for a batch of 4 rows"
+    with pytest.raises(errors.UsageError, match=words):
+        model(inputs_embeds=embedded, tasks=["prose", None])
+    with pytest.raises(errors.UsageError, match=words):
+        model.generate(inputs_embeds=embedded, tasks=["prose", None], max_new_tokens=2)
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": True, "pad_token_id": 258}
+    found = model.generate(IDS[:2], tasks=["prose", None], num_return_sequences=3, **options)
+    assert len(found) == 6
+
+
+def test_other_libraries_methods_stay_theirs(make: Callable[..., AdapterBank]) -> None:
+    """As accelerate does it: `forward` of a model, or of a layer, is an attribute."""
+    model = load()
+    plain = model.forward
+    model.forward = theirs = lambda *args, **named: plain(*args, **named)
+    bank = make(model, form="unmerged")
+    assert model.forward is not theirs
+    bank.close()
+    assert model.forward is theirs
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = layer.forward
+    bank = AdapterBank(model, form="unmerged")
+    with pytest.raises(errors.UnsupportedError, match=r"up_proj' is in another library's hands"):
+        bank.add("prose", TASKS["prose"])
+
+
+@pytest.mark.parametrize("family", ["vit", "deberta", "t5", "qwen3"])
 def test_every_family_of_models(family: str, base_folder: Any, tmp_path: Path) -> None:
     """Strict, relaxed; and one of a lower rank that came first."""
     base = base_folder(family)

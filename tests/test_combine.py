@@ -219,6 +219,55 @@ def test_bundled_adapters_combine_and_peft_computes_the_same(tmp_path: Path) -> 
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
 
+def test_relaxed_adapters_of_two_machines_stay_relaxed(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their full records differ by the last digits of two SVDs."""
+    here = models.save_adapter("llama", llama, tmp_path / "here", seed=1)
+    psoft_export.record(llama, here, kind="full", cache=False)
+    there = models.save_adapter("llama", llama, tmp_path / "there", seed=2)
+    with monkeypatch.context() as patch:
+        machines.pretend(machines.float64_svd, patch)
+        psoft_export.record(llama, there, kind="full", cache=False)
+    combination = Combination({"here": here, "there": there}, "lie", {"here": 0.5, "there": 0.5})
+    report = psoft_export.combine(llama, combination, tmp_path / "out", device="cpu")
+    assert report.method.startswith("PSOFT-RO") and report.kind == "full"
+    assert 0 < max(module.outside for module in report.modules) < 1e-3
+
+
+def test_nothing_that_is_read_is_replaced(
+    two: dict[str, str | Path], llama: Path, tmp_path: Path
+) -> None:
+    calls: list[Any] = [
+        lambda: psoft_export.combine(llama, Combination(two), tmp_path, overwrite=True),
+        lambda: psoft_export.merge(llama, Combination(two), tmp_path, overwrite=True),
+        lambda: psoft_export.to_lora(llama, Combination(two), two["math"], overwrite=True),
+    ]
+    before = files.tree(tmp_path)
+    for call in calls:
+        with pytest.raises(errors.OutputError, match="is or holds the input"):
+            call()
+    assert files.tree(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_a_combination_is_exported_to_onnx(
+    two: dict[str, str | Path], llama: Path, tmp_path: Path
+) -> None:
+    line = [
+        "onnx", "--base", str(llama), "--adapter", f"math={two['math']}:0.5",
+        "--adapter", f"code={two['code']}:0.5", "--method", "cayley",
+        "--output", str(tmp_path / "onnx"), "--device", "cpu", "--quiet",
+    ]  # fmt: skip
+    assert run(line) == 0
+    both = Combination(two, "cayley", {"math": 0.5, "code": 0.5})
+    psoft_export.merge(llama, both, tmp_path / "merged", device="cpu")
+    expected = logits(models.load_task_model("llama", tmp_path / "merged"), "llama")
+    graph = psoft_export.onnx.load(tmp_path / "onnx", device="cpu")
+    found = graph(**models.FAMILIES["llama"].inputs())
+    torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def half_turned(folder: Path, llama: Path, planes: float, **options: Any) -> Path:
     """A free R that turns a plane by π in one layer, or mirrors it."""
     adapter(llama, folder, 1, psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False, **options)
@@ -334,6 +383,9 @@ def test_without_records_the_same_warning_as_a_merge(llama: Path, tmp_path: Path
     assert warning in merged.manifest["warnings"], "what nobody knew is not forgotten"
     with pytest.raises(errors.RecordMissingError):
         psoft_export.combine(llama, combination, tmp_path / "no", require_record=True)
+    line = ["merge", "--base", str(llama), "--adapter", str(bare), "--method", "lie"]
+    line += ["--output", str(tmp_path / "no"), "--dry-run", "--require-record"]
+    assert run(line) == errors.RecordMissingError.exit_code
 
 
 A, B = f"math={PROSE}", f"code={SUMS}"
@@ -350,6 +402,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "kind": (["--adapter", A, "--kind", "none"], "--kind"),
     "no output": (["--adapter", A], "pass --output to write an adapter, or --evaluate"),
     "no file": (["--adapter", A, "--evaluate", "prose"], "is not NAME=FILE"),
+    "base": (["--adapter", f"base={PROSE}", "--evaluate", "a=b"], "is what the table calls"),
+    "picture": (["--adapter", A, "--evaluate", "a=b", "--sweep", "--plot", "x"], "needs a suffix"),
     "no text": (["--adapter", A, "--evaluate", "prose=/nowhere"], "/nowhere: cannot be read"),
     "sweep": (["--adapter", A, "--output", "x", "--sweep"], "pass the texts"),
     "plot": (["--adapter", A, "--output", "x", "--plot", "p.png"], "pass --sweep"),
@@ -364,9 +418,10 @@ def test_bad_input_is_one_line(
     monkeypatch.chdir(tmp_path)
     more, words = BAD[name]
     line = ["combine", "--base", str(BASE), *more]
+    code = errors.OutputError if name == "picture" else errors.UsageError
     if "x" not in more and not {"--evaluate"} & set(more) and name != "no output":
         line += ["--output", "x"]
-    assert run(line) == errors.UsageError.exit_code
+    assert run(line) == code.exit_code
     said = capsys.readouterr().err
     assert words in said and "internal" not in said
     assert not any(tmp_path.iterdir())
@@ -431,6 +486,8 @@ def test_losses_are_those_of_the_merged_models(
         psoft_export.evaluate(BASE, combination, {"short": short})
     with pytest.raises(errors.UsageError, match="no text to evaluate on"):
         psoft_export.evaluate(BASE, combination, {})
+    with pytest.raises(errors.UsageError, match="method 'mean' is not one of"):
+        psoft_export.sweep(BASE, combination, {"sums": text}, methods=["mean"])
     swept = psoft_export.sweep(
         BASE, combination, {"sums": text}, methods=["lie", "slerp"], scales=(1.0, 0.0)
     )

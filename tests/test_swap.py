@@ -72,6 +72,18 @@ def test_files_without_a_change_are_not_written(sharded: Path, tmp_path: Path) -
     assert any("README.md still speaks" in text for text in report.manifest["warnings"])
 
 
+def test_nothing_of_the_adapter_before_stays(llama: Path, tmp_path: Path) -> None:
+    one, other = adapter(llama, tmp_path / "one", 1), adapter(llama, tmp_path / "other", 2)
+    (one / "chat_template.jinja").write_text("{{ one }}")
+    merged, wanted = tmp_path / "merged", tmp_path / "wanted"
+    psoft_export.merge(llama, one, merged, device="cpu")
+    (merged / "onnx").mkdir()
+    (merged / "onnx" / "psoft_export.json").write_text("{}")
+    psoft_export.swap(merged, other, base=llama, device="cpu")
+    psoft_export.merge(llama, other, wanted, device="cpu")
+    assert files.tree(merged) == files.tree(wanted) | {"onnx/psoft_export.json": b"{}"}
+
+
 @pytest.mark.parametrize("stage", ["merging", "writing", "reading back", "commit"])
 def test_cut_short_it_is_still_the_checkpoint_before(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -162,6 +174,16 @@ def test_what_is_no_merge_of_this_base_is_left_alone(
     files.edit_tensors(stranger / "model.safetensors", lambda t: t | {name: t[name] * 2})
     words = "stranger: its model.safetensors is not the one that the folder was merged from"
     refused(errors.MismatchError, words, merged, base=stranger)
+    theirs = adapter(stranger, tmp_path / "theirs", 3)
+    refused(errors.MismatchError, words, merged, base=stranger, adapter=theirs)
+    linked = files.copy_of(merged, tmp_path / "linked")
+    (linked / "more").symlink_to(tmp_path)
+    refused(errors.CheckpointError, "more: is a symbolic link", linked)
+    outside = files.copy_of(merged, tmp_path / "outside")
+    manifest = json.loads((outside / "psoft_export.json").read_text())
+    manifest["files"]["../merged/model.safetensors"] = "0" * 64
+    (outside / "psoft_export.json").write_text(json.dumps(manifest))
+    refused(errors.CheckpointError, "a path outside its folder", outside)
     edited = files.copy_of(merged, tmp_path / "edited")
     files.edit_tensors(edited / "model.safetensors", lambda t: t | {name: t[name] * 2})
     refused(errors.CheckpointError, "has been changed since it was merged", edited)
