@@ -75,7 +75,7 @@ class _State:
     Attributes:
         is_active: one task is active.
         rows: the task of each row of the batch (0 for the base), or None.
-        spread: how many rows beside each other a task may have (beams), beside one.
+        spread: a task may also have so many rows beside each other (beams).
     """
 
     is_active: bool = False
@@ -300,6 +300,7 @@ class AdapterBank:
             mixed=sum(_nbytes(layer.cores) for layer in layers if layer.cores is not None),
         )
 
+    @torch.inference_mode(mode=False)  # what it makes is used, and changed, outside as well
     def add(
         self,
         name: str,
@@ -520,6 +521,7 @@ class AdapterBank:
                 return
         self._hot[name] = ready
 
+    @torch.inference_mode(mode=False)
     def _stack(self) -> None:
         """Prepare the layers for batches of mixed tasks."""
         for path, layer in self._layers.items():

@@ -258,6 +258,23 @@ def test_more_rows_than_tasks_are_only_beams(make: Callable[..., AdapterBank]) -
     assert len(found) == 6
 
 
+def test_a_bank_filled_in_inference_mode_works_outside(make: Callable[..., AdapterBank]) -> None:
+    for form in ("merged", "unmerged"):
+        model = load()
+        with torch.inference_mode():
+            bank = make(model, form=form)
+            bank.activate("prose")
+            expected = model(input_ids=IDS).logits.clone()
+            if form == "unmerged":
+                model(input_ids=IDS, tasks=["prose", None, None, None])
+        bank.activate("records")
+        bank.activate("prose")
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+        if form == "unmerged":
+            mixed = model(input_ids=IDS, tasks=["prose", None, None, None]).logits
+            torch.testing.assert_close(mixed[0], expected[0], atol=2e-4, rtol=1e-4)
+
+
 def test_other_libraries_methods_stay_theirs(make: Callable[..., AdapterBank]) -> None:
     """As accelerate does it: `forward` of a model, or of a layer, is an attribute."""
     model = load()

@@ -103,11 +103,6 @@ def symmetric_exponential(matrix: Tensor) -> Tensor:
     return found
 
 
-def distance(first: Tensor, second: Tensor) -> float:
-    """The length of the geodesic between two rotations: ‖log(C₁ᵀ C₂)‖_F."""
-    return float(torch.linalg.matrix_norm(logarithm(first.T @ second)))
-
-
 def _tame_generator(rotation: Tensor) -> Tensor | None:
     """Q where its entries alone show that no angle is near π: the usual case, and a cheap one."""
     try:
