@@ -217,9 +217,9 @@ def _print_losses(console: Console, found: "LossTable | Sweep") -> None:
     for column in ("weights times", *texts, "mean"):
         grid.add_column(column, justify="right")
     for point in found.points:
-        losses = [f"{point.losses[text]:.3f}" if point.losses else "–" for text in texts]
+        figures = [f"{point.losses[text]:.3f}" if point.losses else "–" for text in texts]
         mean = f"{point.mean:.3f}" if point.losses else (point.problem or "")
-        grid.add_row(point.method, f"{point.scale:g}", *losses, mean)
+        grid.add_row(point.method, f"{point.scale:g}", *figures, mean)
     console.print(grid)
     best = found.best
     console.print(f"lowest mean: {best.method}, weights times {best.scale:g}: {best.mean:.3f}")
