@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import child, machine_line
+from benchmarks.children import child, child_environment, machine_line, say, seconds_of
 from benchmarks.process import ProgramError
 
 _MODULE = "benchmarks.bank"
@@ -46,7 +46,7 @@ def tables(
     for dtype in ("float32", "bfloat16"):
         found = {}
         for part in _CHILDREN:
-            _say(f"{name}, {dtype}: {part}")
+            say(f"{name}, {dtype}: {part}")
             found[part] = child(_MODULE, part, environment, dtype, repeat, tokens, *model)
         theirs = found["peft"]
         yield f"### {name}, {dtype}\n"
@@ -101,10 +101,6 @@ def _switch_row(label: str, found: Mapping[str, Any], theirs: Mapping[str, Any])
     for what in ("switch", "back"):
         cells += [f"{found[what] * 1e3:.2f}", f"{theirs[what] / found[what]:.1f} times"]
     return f"| {label} | {' | '.join(cells)} |"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # The children: each imports what it needs, measures, and returns what is printed as JSON.
@@ -165,12 +161,12 @@ def _peft(dtype: str, repeat: str, tokens: str, base: str, *adapters: str) -> di
         tuned.merge_adapter([name])
 
     tuned.merge_adapter([names[0]])
-    times = [_seconds(partial(switch, names[turn % 2])) for turn in range(1, 2 * int(repeat) + 1)]
+    times = [seconds_of(partial(switch, names[turn % 2])) for turn in range(1, 2 * int(repeat) + 1)]
     found: dict[str, Any] = {"switch": statistics.median(times), "base_speed": base_speed}
-    found["back"] = _seconds(tuned.unmerge_adapter)
+    found["back"] = seconds_of(tuned.unmerge_adapter)
     turns = range(2 * int(repeat))
     found["set"] = statistics.median(
-        _seconds(partial(tuned.set_adapter, names[turn % 2])) for turn in turns
+        seconds_of(partial(tuned.set_adapter, names[turn % 2])) for turn in turns
     )
 
     def passes(ids: Any, new: int) -> None:
@@ -218,13 +214,13 @@ def _bank(form: Any, *, of_files: bool = False, hot: int = 0) -> Callable[..., d
         for name in (names[1], names[0]):
             bank.activate(name)
         times = [
-            _seconds(partial(bank.activate, names[turn % 2]))
+            seconds_of(partial(bank.activate, names[turn % 2]))
             for turn in range(1, 2 * int(repeat) + 1)
         ]
         memory = {count: total + bank.memory.hot for count, total in memory.items()}
         backs = []
         for _ in range(int(repeat)):
-            backs.append(_seconds(partial(bank.activate, None)))
+            backs.append(seconds_of(partial(bank.activate, None)))
             bank.activate(names[0])
         found: dict[str, Any] = {
             "switch": statistics.median(times),
@@ -320,12 +316,6 @@ def _speed(turn: Callable[[], int], repeat: int) -> float:
     return statistics.median(speeds)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 _PARTS: dict[str, Callable[..., Any]] = {
     "make": _make,
     "peft": _peft,
@@ -354,15 +344,9 @@ def main() -> None:
     options = _arguments()
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
-    count = str(options.threads)
     print(machine_line(options.threads, _PACKAGES) + "\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="psoft-bench-", dir=options.folder) as folder:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": count,
-            "MKL_NUM_THREADS": count,
-            "HF_HUB_OFFLINE": "1",
-            "PSOFT_EXPORT_CACHE": str(Path(folder) / "cache"),
-        }
+        environment = child_environment(options.threads, Path(folder) / "cache")
         bundled = [_EXAMPLE / "base", *(_EXAMPLE / "adapters" / name for name in _BUNDLED)]
         repeat = 1 if options.quick else options.repeat
         try:
@@ -370,7 +354,7 @@ def main() -> None:
                 print(line, flush=True)
             if options.quick:
                 return
-            _say(f"making the {_SIZE} base and its adapters")
+            say(f"making the {_SIZE} base and its adapters")
             child(_MODULE, "make", environment, _SIZE, _RANK, folder)
             made = [Path(folder) / name for name in ("base", "adapter-0", "adapter-1")]
             for line in tables(f"{_SIZE} shape, 2 adapters", made, 8, repeat, environment):

@@ -6,7 +6,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -45,3 +46,26 @@ def machine_line(threads: int, packages: Sequence[str]) -> str:
         f"{machine}, {memory:.0f} GiB; {date.today()}; Python {python}, {versions}; "
         f"{threads} threads"
     )
+
+
+def child_environment(threads: int, cache: Path) -> dict[str, str]:
+    """The environment of every child: so many threads, no Hub, and a cache of bases of its own."""
+    count = str(threads)
+    return os.environ | {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "HF_HUB_OFFLINE": "1",
+        "PSOFT_EXPORT_CACHE": str(cache),
+    }
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def say(text: str) -> None:
+    """Tell whoever waits what is being measured."""
+    print(text, file=sys.stderr, flush=True)

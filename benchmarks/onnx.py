@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import child, machine_line
+from benchmarks.children import child, child_environment, machine_line, say, seconds_of
 from benchmarks.process import ProgramError, Usage, run_measured
 
 _EXAMPLES = Path(__file__).parent.parent / "examples" / "byte_llama"
@@ -62,7 +62,7 @@ def export_table(repeat: int, scratch: Path, environment: Mapping[str, str]) -> 
     steps: list[dict[str, float]] = []
     for _ in range(repeat):
         for name, (output, command) in programs.items():
-            _say(f"{name}")
+            say(f"{name}")
             shutil.rmtree(output, ignore_errors=True)
             runs[name].append(run_measured(command, environment, scratch / "log.txt"))
         shutil.rmtree(noted, ignore_errors=True)
@@ -101,7 +101,7 @@ def serving_tables(repeat: int, scratch: Path, environment: Mapping[str, str]) -
     """Markdown of one graph for the tasks beside a graph for each, line by line."""
     graphs = scratch / "graphs"
     pairs = [f"{task}={adapter}" for task, adapter in _TASKS.items()]
-    _say(f"exporting {len(pairs) + 3} graphs")
+    say(f"exporting {len(pairs) + 3} graphs")
     child(_MODULE, "export", environment, _MODEL, graphs, *pairs)
     separate = {task: graphs / task for task in _TASKS}
     kinds = {
@@ -114,7 +114,7 @@ def serving_tables(repeat: int, scratch: Path, environment: Mapping[str, str]) -
     sizes = {name: sum(map(_size, folders)) for name, (_, folders) in kinds.items()}
     memory: dict[str, dict[str, float]] = {}
     for name, (kind, _) in kinds.items():
-        _say(f"memory of {name}")
+        say(f"memory of {name}")
         found = [
             child(_MODULE, "memory", environment, graphs, kind, *separate)
             for _ in range(min(repeat, 3))  # a process each; they differ little
@@ -130,7 +130,7 @@ def serving_tables(repeat: int, scratch: Path, environment: Mapping[str, str]) -
         resident = f"{of['resident'] / _MB:.1f} MB | {share:.2f}"
         yield f"| {name} | {on_disk} | {resident} | {of['anonymous'] / _MB:.1f} MB |"
     yield ""
-    _say("switching")
+    say("switching")
     switch = child(_MODULE, "switch", environment, graphs, repeat, *separate)
     adapters = [path for path in (graphs / _MANY).iterdir() if path.suffix == ".onnx_adapter"]
     further = max(path.stat().st_size for path in adapters)
@@ -149,7 +149,7 @@ def serving_tables(repeat: int, scratch: Path, environment: Mapping[str, str]) -
         f"| {_ratio(switch['many_call'], switch['separate_call'])} |"
     )
     yield ""
-    _say("generation")
+    say("generation")
     speeds = child(_MODULE, "generate", environment, graphs, repeat, *separate)
     yield (
         f"| tokens a second, {_NEW} after {_PROMPT} | batch 1 | of the base's "
@@ -180,10 +180,6 @@ def _program() -> Path:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # The children: each imports what it needs, measures, and returns what is printed as JSON.
@@ -258,13 +254,13 @@ def _child_switch(graphs: str, repeat: str, *tasks: str) -> dict[str, float]:
         call = partial(many, input_ids=ids)
         same = _settled(partial(call, task=one))
         keep("many_call", same)
-        keep("many_first", _seconds(partial(call, task=other)) - same)
+        keep("many_first", seconds_of(partial(call, task=other)) - same)
         for task in (one, other) * 8:
-            switched = _seconds(partial(call, task=task))
-            keep("many_later", switched - _seconds(partial(call, task=task)))
+            switched = seconds_of(partial(call, task=task))
+            keep("many_later", switched - seconds_of(partial(call, task=task)))
         same = _settled(partial(separate, input_ids=ids))
         keep("separate_call", same)
-        keep("separate_first", _seconds(lambda: load(other)(input_ids=ids)) - same)
+        keep("separate_first", seconds_of(lambda: load(other)(input_ids=ids)) - same)
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
@@ -310,7 +306,7 @@ def _child_generate(graphs: str, repeat: str, *tasks: str) -> dict[str, dict[int
     for turn in range(int(repeat) + 1):
         for name, works in alternatives.items():
             for rows, work in works.items():
-                seconds = _seconds(work)
+                seconds = seconds_of(work)
                 if turn:  # the first is to settle
                     found[name][rows].append(seconds / (rows * _NEW))
     return found
@@ -336,15 +332,9 @@ def _open(graphs: Path, name: str) -> Any:
     return onnx.load(graphs / name, device="cpu")
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def _settled(work: Callable[[], object]) -> float:
     """The median of a few calls, after some that are not counted."""
-    return statistics.median([_seconds(work) for _ in range(2 * _SETTLED)][_SETTLED:])
+    return statistics.median([seconds_of(work) for _ in range(2 * _SETTLED)][_SETTLED:])
 
 
 def _resident() -> dict[str, float]:
@@ -383,16 +373,10 @@ def main() -> None:
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
     repeat, exports = (1, 1) if options.quick else (options.repeat, options.exports)
-    count = str(options.threads)
     print(machine_line(options.threads, _PACKAGES) + "\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="psoft-bench-", dir=options.folder) as folder:
         scratch = Path(folder)
-        environment = os.environ | {
-            "OMP_NUM_THREADS": count,
-            "MKL_NUM_THREADS": count,
-            "HF_HUB_OFFLINE": "1",
-            "PSOFT_EXPORT_CACHE": str(scratch / "cache"),
-        }
+        environment = child_environment(options.threads, Path(folder) / "cache")
         try:
             for table, turns in ((export_table, exports), (serving_tables, repeat)):
                 for line in table(turns, scratch, environment):

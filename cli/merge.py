@@ -126,28 +126,19 @@ def merge_command(
     held_here = dry_run or verify or adapters.is_combination
     planner = None if held_here else start_planner()
     from psoft_export import VerificationReport, merge, plan_merge
-    from psoft_export.adapters.adapter import Reading
-    from psoft_export.combining import one_adapter
 
     names = [name.strip() for name in labels.split(",")] if labels is not None else None
     if dry_run:
-        one, reading = one_adapter(
-            base,
-            adapters.reference(),
-            Reading(options.neumann_terms(neumann_terms), givens),
-            device=device,
-            svd_device=svd_device,
-            require_record=require_record,
-            cache=not no_cache,
-            cache_dir=cache_dir,
-            token=token,
-        )
         plan = plan_merge(
             base,
-            one,
+            adapters.reference(),
+            device=device,
+            svd_device=svd_device,
+            cache=not no_cache,
+            cache_dir=cache_dir,
             require_record=require_record,
-            neumann_terms=reading.neumann_terms,
-            givens=reading.givens,
+            neumann_terms=options.neumann_terms(neumann_terms),
+            givens=givens,
             dtype=dtype,
             max_shard_size=max_shard_size,
             labels=names,

@@ -17,14 +17,19 @@ if TYPE_CHECKING:
     from psoft_export.adapters.kinds import load_adapter
     from psoft_export.algebra.combination import METHODS
     from psoft_export.bank import AdapterBank, BankMemory
-    from psoft_export.combining import Combination, CombinedModule, CombineReport, combine
+    from psoft_export.combining import (
+        Combination,
+        CombinedModule,
+        CombineReport,
+        combine,
+        plan_merge,
+    )
     from psoft_export.errors import PsoftExportError
     from psoft_export.evaluating import LossTable, Sweep, SweepPoint, evaluate, sweep
     from psoft_export.inspection import AdapterSummary, LayerSummary, inspect
     from psoft_export.lora import LoraReport, to_lora
     from psoft_export.manifest import LoraModule, ModuleReport
     from psoft_export.merging import MergeReport, merge
-    from psoft_export.opening import plan_merge
     from psoft_export.pipeline import Progress
     from psoft_export.plan import MergePlan
     from psoft_export.planner import Planner, start_planner
@@ -119,7 +124,7 @@ _HOMES = {
     "inspect": "inspection",
     "load_adapter": "adapters.kinds",
     "merge": "merging",
-    "plan_merge": "opening",
+    "plan_merge": "combining",
     "push": "publishing",
     "record": "recording",
     "record_basis": "training",

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from psoft_export.bases import BasisFinder
 from psoft_export.basis.svd import Basis, BasisOptions
 from psoft_export.cache import open_cache
 from psoft_export.changes.shared_subspace import Subspace
+from psoft_export.changes.subspace import added_by_rotation
 from psoft_export.checkpoint.companions import CONFIG
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 from psoft_export.checkpoint.reader import open_checkpoint, tensor_sha256
@@ -36,6 +36,7 @@ from psoft_export.device import choose_device, full_precision
 from psoft_export.errors import MismatchError, UnsupportedError, UsageError
 from psoft_export.model.skeleton import Skeleton
 from psoft_export.opening import base_files, needed_record
+from psoft_export.verification.models import read_tensors
 
 Form = Literal["merged", "unmerged"]
 
@@ -178,15 +179,8 @@ class RotatedLinear(nn.Linear):
         if state.rows is None and not state.is_active:
             return output
         assert layer.right is not None and layer.core is not None and layer.left is not None
-        projected = inputs @ layer.right
-        if state.rows is None:
-            return output + (projected @ layer.core) @ layer.left
-        cores = _row_cores(layer, state, len(inputs))
-        if projected.ndim == 2:  # a classifier's, of one vector for each row
-            return output + (projected[:, None] @ cores)[:, 0] @ layer.left
-        while cores.ndim < projected.ndim:
-            cores = cores[:, None]
-        return output + (projected @ cores) @ layer.left
+        core = layer.core if state.rows is None else _row_cores(layer, state, len(inputs))
+        return output + added_by_rotation(inputs, layer.right, core, layer.left)
 
 
 class AdapterBank:
@@ -654,12 +648,10 @@ class _BaseFiles:
         skeleton = Skeleton(type(model), model.config)
         self._name = source.name
         self._tensors: dict[str, Tensor] = {}
-        for file in open_checkpoint(source.folder).files:
-            tensors = load_file(file.path) if file.tensors is None else file.tensors
-            for name, tensor in tensors.items():
-                in_model, reshaped = skeleton.tensor_name(name)
-                if not reshaped:
-                    self._tensors[in_model] = tensor
+        for name, tensor in read_tensors(open_checkpoint(source.folder)).items():
+            in_model, reshaped = skeleton.tensor_name(name)
+            if not reshaped:
+                self._tensors[in_model] = tensor
 
     def original(self, module: str, weight: Tensor) -> Callable[[], Tensor]:
         """What gives the weight of a module in the dtype and on the device of the model's.

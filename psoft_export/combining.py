@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from psoft_export.adapters import combination_file, psoft
-from psoft_export.adapters.adapter import NeumannTerms, Reading, SubspaceAdapter
+from psoft_export.adapters.adapter import NeumannTerms, SubspaceAdapter
 from psoft_export.adapters.basis_record import (
     BaseTensor,
     Kind,
@@ -30,6 +30,7 @@ from psoft_export.algebra.factored_rotation import (
     combine_rotations,
 )
 from psoft_export.algebra.logarithm import NotARotationError
+from psoft_export.algebra.parameters import GivensForm
 from psoft_export.algebra.rotation import rotation_angles
 from psoft_export.bases import BasisFinder
 from psoft_export.basis.signs import ADVISED_LIMIT, SignRecord, delta_uncertainty, record_signs
@@ -42,11 +43,12 @@ from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.output import OutputFolder, check_target
 from psoft_export.checkpoint.source import Source
 from psoft_export.device import choose_device
-from psoft_export.errors import MismatchError, OutputError, UnsupportedError, UsageError
+from psoft_export.errors import MismatchError, UnsupportedError, UsageError
 from psoft_export.manifest import source_record
-from psoft_export.opening import plan_merge
+from psoft_export.opening import check_apart, open_plan
 from psoft_export.pipeline import Progress, ProgressCallback
 from psoft_export.plan import MergePlan, PlannedTensor
+from psoft_export.planner import Planner
 from psoft_export.weights import BaseReader, TargetWeight
 
 _NOTED_OUTSIDE = 1e-3  # of ‖ΔW‖: said in a warning
@@ -103,8 +105,7 @@ class Combination:
     @property
     def settings(self) -> Settings:
         """What the method asks for beside weights."""
-        given = {"factor": self.factor, "density": self.density, "seed": self.seed}
-        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        return Settings(**self._given)
 
     @property
     def title(self) -> str:
@@ -112,11 +113,14 @@ class Combination:
         pairs = zip(self.adapters, self.ordered_weights, strict=True)
         return f"{' + '.join(f'{name}:{weight:g}' for name, weight in pairs)}, {self.method}"
 
+    @property
+    def _given(self) -> dict[str, Any]:
+        """The settings that were asked for, by name."""
+        options = {"factor": self.factor, "density": self.density, "seed": self.seed}
+        return {name: value for name, value in options.items() if value is not None}
+
     def _check_options(self, method: Method) -> None:
-        given = {"factor": self.factor, "density": self.density, "seed": self.seed}
-        for option, value in given.items():
-            if value is None:
-                continue
+        for option, value in self._given.items():
             if option not in method.settings:
                 users = [other.name for other in METHODS.values() if option in other.settings]
                 raise UsageError(
@@ -264,58 +268,77 @@ def combine(
     check_target(target.absolute(), overwrite=overwrite)
     members = []
     for name, reference in combination.adapters.items():
-        plan = plan_merge(
+        plan = open_plan(
             base,
             reference,
             require_record=require_record,
             neumann_terms=neumann_terms,
             token=token,
         )
+        check_apart(target, plan)
         members.append(_Member.of(name, plan, on, trained_on, store))
-    _check_apart(target, members)
     combiner = _Combiner(combination, members, on, progress)
     room = companions.ROOM_BYTES + combiner.largest_bytes()
     with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
         return combiner.write(folder, target, kind)
 
 
-def one_adapter(
+def plan_merge(
     base: str | Path,
     adapter: str | Path | Combination,
-    reading: Reading,
     *,
     device: str = "auto",
     svd_device: str | None = None,
     require_record: bool = False,
     cache: bool = True,
     cache_dir: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    labels: Sequence[str] | None = None,
+    neumann_terms: NeumannTerms | None = None,
+    givens: GivensForm | None = None,
     token: str | None = None,
-) -> tuple[str | Path | Source, Reading]:
-    """What stands for one adapter, and what is said of it that its files do not say.
+    planner: Planner | None = None,
+) -> MergePlan:
+    """What `merge` would do with these arguments.
 
-    A combination becomes an adapter in a temporary folder, which goes with the last reference to
-    it. Arguments and errors as of `combine`.
+    Reads headers and the adapter, no weights. A combination is made first, in a temporary folder
+    that goes with the last reference to the plan; that reads the weights, and is what `device`,
+    `svd_device`, `cache` and `cache_dir` are for. Arguments and errors as of `merge`.
     """
-    if not isinstance(adapter, Combination):
-        return adapter, reading
-    if reading.givens is not None:
-        raise UsageError(f"givens {reading.givens}: is for qGOFT, which cannot be combined")
-    scratch = tempfile.TemporaryDirectory(prefix="psoft-export-")
-    folder = Path(scratch.name) / "combination"
-    report = combine(
+    one: str | Path | Source
+    if isinstance(adapter, Combination):
+        if givens is not None:
+            raise UsageError(f"givens {givens}: is for qGOFT, which cannot be combined")
+        scratch = tempfile.TemporaryDirectory(prefix="psoft-export-")
+        report = combine(
+            base,
+            adapter,
+            Path(scratch.name) / "combination",
+            device=device,
+            svd_device=svd_device,
+            require_record=require_record,
+            neumann_terms=neumann_terms,
+            cache=cache,
+            cache_dir=cache_dir,
+            token=token,
+        )
+        one = Source(report.output, adapter.title, scratch=scratch, made_from=report.adapters)
+        neumann_terms = None  # which the combination has taken in
+    else:
+        one = adapter
+    return open_plan(
         base,
-        adapter,
-        folder,
-        device=device,
-        svd_device=svd_device,
+        one,
         require_record=require_record,
-        neumann_terms=reading.neumann_terms,
-        cache=cache,
-        cache_dir=cache_dir,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        labels=labels,
+        neumann_terms=neumann_terms,
+        givens=givens,
         token=token,
+        planner=planner,
     )
-    source = Source(folder, adapter.title, scratch=scratch, made_from=report.adapters)
-    return source, Reading()
 
 
 @dataclass(frozen=True)
@@ -358,6 +381,14 @@ class _Member:
             )
         bases = BasisFinder(adapter, device=device, svd_device=svd_device, cache=cache)
         return cls(name, plan, adapter, bases, {t.spec.name: t for t in plan.targets})
+
+    def trained_with(self, weight: TargetWeight, tensor: PlannedTensor) -> bool:
+        """Whether a weight that was read for another adapter is the one of this adapter's basis."""
+        assert tensor.entry is not None and tensor.module is not None
+        record = self.adapter.record
+        if record is not None:
+            return record.base[tensor.module] == weight.trained
+        return weight.trained.dtype == tensor.entry.dtype
 
 
 class _Combiner:
@@ -491,7 +522,8 @@ class _Combiner:
         for member in changing:
             planned = member.tensors[name]
             assert planned.module is not None
-            weight = readers[member.name].target(planned)
+            if weight is None or not member.trained_with(weight, planned):
+                weight = readers[member.name].target(planned)
             found = member.bases.find(planned.module, weight.as_trained, weight.trained.sha256)
             assert found.basis is not None
             changes[member.name] = member.adapter.change(planned.module, found.basis)
@@ -731,16 +763,6 @@ def combined_module(
         ) from cause
     except NoMeanError as cause:
         raise UsageError(f"module '{module}': {cause}") from cause
-
-
-def _check_apart(target: Path, members: Sequence[_Member]) -> None:
-    """Refuse to replace a folder that is read."""
-    output = target.resolve()
-    for member in members:
-        for folder in (member.plan.base.folder, member.adapter.source.folder):
-            read = folder.resolve()
-            if output == read or output in read.parents:
-                raise OutputError(f"{target}: is or holds the input {read}; choose another output")
 
 
 def _angles(turn: FactoredRotation) -> Tensor:

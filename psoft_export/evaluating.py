@@ -18,7 +18,7 @@ from psoft_export.bank import AdapterBank
 from psoft_export.combining import Combination, chosen_method
 from psoft_export.device import choose_device
 from psoft_export.errors import UnsupportedError, UsageError
-from psoft_export.opening import plan_merge
+from psoft_export.opening import open_plan
 from psoft_export.verification.distance import cross_entropy
 from psoft_export.verification.inputs import tokens_of_text
 from psoft_export.verification.models import UnmergedLoader
@@ -218,7 +218,7 @@ def _opened(
         )
     on = choose_device(device)
     first = next(iter(combination.adapters.values()))
-    plan = plan_merge(
+    plan = open_plan(
         base, first, require_record=require_record, neumann_terms=neumann_terms, token=token
     )
     loader = UnmergedLoader(plan)

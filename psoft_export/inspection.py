@@ -9,7 +9,7 @@ from psoft_export.adapters.adapter import Adapter, ModuleFacts, NeumannTerms
 from psoft_export.adapters.kinds import load_adapter
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.module_paths import layer_number, module_kind
-from psoft_export.opening import plan_merge
+from psoft_export.opening import open_plan
 from psoft_export.plan import MergePlan
 
 
@@ -96,7 +96,7 @@ def inspect(
     if base is None:
         loaded = load_adapter(adapter, neumann_terms=neumann_terms, givens=givens, token=token)
         return _summarise(loaded, None)
-    plan = plan_merge(base, adapter, neumann_terms=neumann_terms, givens=givens, token=token)
+    plan = open_plan(base, adapter, neumann_terms=neumann_terms, givens=givens, token=token)
     return _summarise(plan.adapter, plan)
 
 

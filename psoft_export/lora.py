@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psoft_export.adapters.adapter import Adapter, NeumannTerms, Reading, SubspaceAdapter
+from psoft_export.adapters.adapter import Adapter, NeumannTerms, SubspaceAdapter
 from psoft_export.adapters.files import CONFIG, PREFIX, SAFETENSORS, listed_targets, saved_tensors
 from psoft_export.algebra.low_rank import (
     needed_rank,
@@ -34,12 +34,12 @@ from psoft_export.checkpoint.output import OutputFolder, check_target
 from psoft_export.checkpoint.reader import raw
 from psoft_export.checkpoint.safetensors_file import read_header, read_tensor
 from psoft_export.checkpoint.writer import ShardWriter, TensorSpec, aligned_order
-from psoft_export.combining import Combination, one_adapter
+from psoft_export.combining import Combination, plan_merge
 from psoft_export.device import choose_device
 from psoft_export.errors import NonFiniteError, OutputError, UnsupportedError, UsageError
 from psoft_export.manifest import FILENAME, LoraModule
-from psoft_export.merging import check_apart, companion_hashes, describe_run
-from psoft_export.opening import plan_merge
+from psoft_export.merging import companion_hashes, describe_run
+from psoft_export.opening import check_apart
 from psoft_export.pipeline import Progress, ProgressCallback, Target, TargetPipeline
 from psoft_export.plan import MergePlan, PlannedTensor
 from psoft_export.planner import Planner
@@ -136,23 +136,16 @@ def to_lora(
     store = open_cache(cache_dir) if cache else None
     target = Path(output)
     check_target(target.absolute(), overwrite=overwrite)
-    one, reading = one_adapter(
-        base,
-        adapter,
-        Reading(neumann_terms, givens),
-        device=device,
-        svd_device=svd_device,
-        require_record=require_record,
-        cache=cache,
-        cache_dir=cache_dir,
-        token=token,
-    )
     plan = plan_merge(
         base,
-        one,
+        adapter,
+        device=device,
+        svd_device=svd_device,
+        cache=cache,
+        cache_dir=cache_dir,
         require_record=require_record,
-        neumann_terms=reading.neumann_terms,
-        givens=reading.givens,
+        neumann_terms=neumann_terms,
+        givens=givens,
         token=token,
         planner=planner,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from psoft_export.adapters.adapter import NeumannTerms, Reading, SubspaceAdapter
+from psoft_export.adapters.adapter import NeumannTerms, SubspaceAdapter
 from psoft_export.adapters.combination_file import read_combination
 from psoft_export.adapters.files import named_base
 from psoft_export.algebra.merged_weight import product_error_bound
@@ -23,13 +23,12 @@ from psoft_export.checkpoint.reader import (
     weight_files,
 )
 from psoft_export.checkpoint.source import Source
-from psoft_export.combining import Combination, one_adapter
+from psoft_export.combining import Combination, plan_merge
 from psoft_export.device import choose_device
 from psoft_export.errors import (
     AdapterError,
     CheckpointError,
     NotEquivalentError,
-    OutputError,
     UsageError,
 )
 from psoft_export.execution import Run
@@ -40,7 +39,7 @@ from psoft_export.manifest import (
     manifest,
     source_record,
 )
-from psoft_export.opening import plan_merge
+from psoft_export.opening import check_apart
 from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.planner import Planner
@@ -146,26 +145,19 @@ def merge(
     trained_on = choose_device(svd_device) if svd_device is not None else None
     store = open_cache(cache_dir) if cache else None
     check_target(Path(output).absolute(), overwrite=overwrite)
-    one, reading = one_adapter(
-        base,
-        adapter,
-        Reading(neumann_terms, givens),
-        device=device,
-        svd_device=svd_device,
-        require_record=require_record,
-        cache=cache,
-        cache_dir=cache_dir,
-        token=token,
-    )
     plan = plan_merge(
         base,
-        one,
+        adapter,
+        device=device,
+        svd_device=svd_device,
+        cache=cache,
+        cache_dir=cache_dir,
         require_record=require_record,
         dtype=dtype,
         max_shard_size=max_shard_size,
         labels=labels,
-        neumann_terms=reading.neumann_terms,
-        givens=reading.givens,
+        neumann_terms=neumann_terms,
+        givens=givens,
         token=token,
         planner=planner,
     )
@@ -258,20 +250,6 @@ def outputs_warning(outputs: OutputsLevel | None) -> list[str]:
     if outputs is None or outputs.skipped is None:
         return []
     return [f"outputs were not compared: {outputs.skipped}"]
-
-
-def check_apart(target: Path, plan: MergePlan) -> None:
-    """Check that the output does not replace a folder that is being read.
-
-    Raises:
-        OutputError: it would.
-    """
-    output = target.resolve()
-    adapter = plan.adapter.source
-    for path in (plan.base.folder, adapter.folder, *adapter.made_from):
-        folder = path.resolve()
-        if output == folder or output in folder.parents:
-            raise OutputError(f"{target}: is or holds the input {folder}; choose another output")
 
 
 def _weight_index(plan: MergePlan) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.dtypes import parse_dtype
 from psoft_export.checkpoint.reader import open_checkpoint, weight_files
 from psoft_export.checkpoint.source import Source, resolve
-from psoft_export.errors import RecordMissingError
+from psoft_export.errors import OutputError, RecordMissingError
 from psoft_export.plan import MergePlan, OutputOptions
 from psoft_export.planner import Planner
 
 
-def plan_merge(
+def open_plan(
     base: str | Path,
     adapter: str | Path | Source,
     *,
@@ -31,7 +31,7 @@ def plan_merge(
     token: str | None = None,
     planner: Planner | None = None,
 ) -> MergePlan:
-    """What `merge` would do with these arguments; reads headers and the adapter, no weights."""
+    """The plan of a merge of one adapter; arguments and errors as of `combining.plan_merge`."""
     code = parse_dtype(dtype) if dtype is not None else None
     reading = Reading(neumann_terms, givens)
     if isinstance(adapter, Source):
@@ -51,6 +51,20 @@ def plan_merge(
 
         layout = make_layout(checkpoint, loaded, options)
     return MergePlan(source, checkpoint, loaded, options, layout)
+
+
+def check_apart(target: Path, plan: MergePlan) -> None:
+    """Check that the output does not replace a folder that is being read.
+
+    Raises:
+        OutputError: it would.
+    """
+    output = target.resolve()
+    adapter = plan.adapter.source
+    for path in (plan.base.folder, adapter.folder, *adapter.made_from):
+        folder = path.resolve()
+        if output == folder or output in folder.parents:
+            raise OutputError(f"{target}: is or holds the input {folder}; choose another output")
 
 
 def needed_record(adapter: Adapter) -> BasisRecord:

@@ -36,7 +36,7 @@ from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.output import OutputFolder
 from psoft_export.device import choose_device, device_name
 from psoft_export.errors import OutputError, UnsupportedError, UsageError
-from psoft_export.opening import needed_record, plan_merge
+from psoft_export.opening import needed_record, open_plan
 from psoft_export.pipeline import Progress, ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.weights import BaseReader, TargetWeight
@@ -127,7 +127,7 @@ def record(
         PsoftExportError: as `merge`, for base and adapter.
     """
     folder = _own_folder(adapter)
-    plan = plan_merge(base, folder, token=token)
+    plan = open_plan(base, folder, token=token)
     loaded = _recordable(plan.adapter)
     if loaded.record is not None and not overwrite:
         raise OutputError(
@@ -176,7 +176,7 @@ def check_record(
         RecordMissingError: the adapter has no record.
         MismatchError: the record was made from another base.
     """
-    plan = plan_merge(base, adapter, token=token)
+    plan = open_plan(base, adapter, token=token)
     loaded = _recordable(plan.adapter)
     recorded = needed_record(loaded)
     on = choose_device(device)
@@ -248,7 +248,7 @@ def convert(
         MismatchError: the record was made from another base.
         OutputError: the output cannot be written.
     """
-    plan = plan_merge(base, adapter, neumann_terms=neumann_terms, token=token)
+    plan = open_plan(base, adapter, neumann_terms=neumann_terms, token=token)
     source, target = plan.adapter.source.folder, Path(output)
     if target.resolve() == source.resolve():
         raise OutputError(f"{target}: is the adapter itself; choose another output")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from psoft_export.adapters.adapter import NeumannTerms, Reading
+from psoft_export.adapters.adapter import NeumannTerms
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import open_cache
@@ -16,13 +16,13 @@ from psoft_export.checkpoint.output import OutputFolder, check_free_space
 from psoft_export.checkpoint.reader import INDEX, SAFETENSORS, file_sha256
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header
 from psoft_export.checkpoint.source import Source, member
-from psoft_export.combining import Combination, one_adapter
+from psoft_export.combining import Combination, plan_merge
 from psoft_export.device import choose_device
 from psoft_export.errors import CheckpointError, MismatchError, UnsupportedError, UsageError
 from psoft_export.execution import Run
 from psoft_export.manifest import FILENAME, source_record
-from psoft_export.merging import MergeReport, check_apart, companion_hashes, describe_run
-from psoft_export.opening import plan_merge
+from psoft_export.merging import MergeReport, companion_hashes, describe_run
+from psoft_export.opening import check_apart
 from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.verification.figures import VerificationReport
@@ -88,26 +88,19 @@ def swap(
     with OutputFolder(folder, overwrite=True) as output:
         origin = _read_origin(folder)
         known = _base_of(origin, folder) if base is None else base
-        one, reading = one_adapter(
-            known,
-            adapter,
-            Reading(neumann_terms, givens),
-            device=device,
-            svd_device=svd_device,
-            require_record=require_record,
-            cache=cache,
-            cache_dir=cache_dir,
-            token=token,
-        )
         options = origin["options"]
         plan = plan_merge(
             known,
-            one,
+            adapter,
+            device=device,
+            svd_device=svd_device,
+            cache=cache,
+            cache_dir=cache_dir,
             require_record=require_record,
             dtype=config_name(options["dtype"]) if options.get("dtype") else None,
             max_shard_size=options.get("max_shard_size"),
-            neumann_terms=reading.neumann_terms,
-            givens=reading.givens,
+            neumann_terms=neumann_terms,
+            givens=givens,
             token=token,
         )
         check_apart(folder, plan)

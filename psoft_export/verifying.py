@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from psoft_export.adapters.adapter import NeumannTerms, Reading
+from psoft_export.adapters.adapter import NeumannTerms
 from psoft_export.adapters.combination_file import read_combination
 from psoft_export.adapters.files import CONFIG as ADAPTER_CONFIG
 from psoft_export.algebra.parameters import GivensForm
@@ -17,14 +17,14 @@ from psoft_export.cache import open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.reader import Checkpoint, file_sha256, open_checkpoint
 from psoft_export.checkpoint.source import Source, resolve
-from psoft_export.combining import Combination, one_adapter
+from psoft_export.combining import Combination, plan_merge
 from psoft_export.device import choose_device
 from psoft_export.errors import CheckpointError, UnsupportedError, UsageError
 from psoft_export.manifest import FILENAME, source_record
 from psoft_export.merging import outputs_warning
 from psoft_export.onnx.folder import COMPONENTS, graph_files, is_graph_folder, read_folder
 from psoft_export.onnx.requirements import require_onnx
-from psoft_export.opening import base_files, plan_merge
+from psoft_export.opening import base_files
 from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.planner import Planner
@@ -122,23 +122,16 @@ def verify(
     on = choose_device(device)
     trained_on = choose_device(svd_device) if svd_device is not None else None
     store = open_cache(cache_dir) if cache else None
-    one, reading = one_adapter(
-        base,
-        adapter,
-        Reading(neumann_terms, givens),
-        device=device,
-        svd_device=svd_device,
-        require_record=require_record,
-        cache=cache,
-        cache_dir=cache_dir,
-        token=token,
-    )
     plan = plan_merge(
         base,
-        one,
+        adapter,
+        device=device,
+        svd_device=svd_device,
+        cache=cache,
+        cache_dir=cache_dir,
         require_record=require_record,
-        neumann_terms=reading.neumann_terms,
-        givens=reading.givens,
+        neumann_terms=neumann_terms,
+        givens=givens,
         token=token,
         planner=planner,
     )

@@ -16,9 +16,9 @@ from psoft_export.algebra.rotation import rotation
 from psoft_export.bases import BasisFinder
 from psoft_export.changes.subspace import SubspaceRotation
 from psoft_export.checkpoint.reader import open_checkpoint
+from psoft_export.combining import plan_merge
 from psoft_export.errors import CheckpointError, UsageError
 from psoft_export.model.skeleton import Skeleton
-from psoft_export.opening import plan_merge
 from psoft_export.plan import MergePlan
 from psoft_export.verification import outputs
 from psoft_export.verification.distance import DistanceSum, cross_entropy, share_followed

@@ -9,7 +9,6 @@ says when to use which.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +18,6 @@ from psoft_export.algebra.rotation import cayley
 
 _TOLERANCE = 1e-12  # of the Karcher mean: length of the last step over √r
 _STEPS = 200
-
-Family = Literal["sum", "group"]
 
 
 @dataclass(frozen=True)

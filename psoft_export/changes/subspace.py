@@ -20,6 +20,25 @@ from psoft_export.reference.expected import Expected
 from psoft_export.reference.rotation import expected_product, reference_rotation
 
 
+def added_by_rotation(inputs: Tensor, right: Tensor, rotation: Tensor, left: Tensor) -> Tensor:
+    """What rotations add to a linear layer's output: ((x right) rotation) left.
+
+    Args:
+        inputs: x, batch × … × in.
+        right: in × r.
+        rotation: (R − I)ᵀ, r × r; or one for each row of the batch, batch × r × r.
+        left: r × out.
+    """
+    projected = inputs @ right
+    if rotation.ndim == 2:
+        return (projected @ rotation) @ left
+    if projected.ndim == 2:  # a classifier's, of one vector for each row
+        return ((projected[:, None] @ rotation) @ left)[:, 0]
+    while rotation.ndim < projected.ndim:
+        rotation = rotation[:, None]
+    return (projected @ rotation) @ left
+
+
 @dataclass(frozen=True)
 class SubspaceRotation(WeightChange):
     """The rotation R in the subspace of a basis.

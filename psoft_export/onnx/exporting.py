@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.exporters import ExportedComponent, ExportedModel
 
-from psoft_export.adapters.adapter import NeumannTerms, Reading
+from psoft_export.adapters.adapter import NeumannTerms
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import BasisCache, open_cache
@@ -22,7 +22,7 @@ from psoft_export.checkpoint.dtypes import TORCH_DTYPES, parse_dtype
 from psoft_export.checkpoint.output import OutputFolder, check_free_space, check_target
 from psoft_export.checkpoint.reader import file_sha256, open_checkpoint
 from psoft_export.checkpoint.source import Source, resolve
-from psoft_export.combining import Combination, one_adapter
+from psoft_export.combining import Combination, plan_merge
 from psoft_export.device import choose_device
 from psoft_export.errors import (
     CheckpointError,
@@ -32,7 +32,7 @@ from psoft_export.errors import (
     UsageError,
 )
 from psoft_export.manifest import FILENAME, basis_origin, source_record
-from psoft_export.merging import check_apart, execute_merge
+from psoft_export.merging import execute_merge
 from psoft_export.model.skeleton import Skeleton, library_class, read_config
 from psoft_export.onnx.equivalence import check_graph
 from psoft_export.onnx.folder import (
@@ -46,7 +46,7 @@ from psoft_export.onnx.runtime import load
 from psoft_export.onnx.subjects import ManyTasksSubject, PlainSubject, Subject
 from psoft_export.onnx.tasks import Task, find_task
 from psoft_export.onnx.tracing import Fusion, check_opset, trace
-from psoft_export.opening import base_files, plan_merge
+from psoft_export.opening import base_files, check_apart
 from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.verification.figures import OutputsLevel
@@ -244,24 +244,17 @@ def export(
 
     def plan(of: str | Path | Combination, as_dtype: str | None) -> MergePlan:
         assert base is not None
-        one, reading = one_adapter(
-            base,
-            of,
-            Reading(neumann_terms, givens),
-            device=device,
-            svd_device=svd_device,
-            require_record=require_record,
-            cache=cache,
-            cache_dir=cache_dir,
-            token=token,
-        )
         return plan_merge(
             base,
-            one,
+            of,
+            device=device,
+            svd_device=svd_device,
+            cache=cache,
+            cache_dir=cache_dir,
             require_record=require_record,
             dtype=as_dtype,
-            neumann_terms=reading.neumann_terms,
-            givens=reading.givens,
+            neumann_terms=neumann_terms,
+            givens=givens,
             token=token,
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from psoft_export.changes.shared_subspace import Subspace
+from psoft_export.changes.subspace import added_by_rotation
 from psoft_export.onnx.folder import LEFT, RIGHT, ROTATION, ROTATIONS
 
 
@@ -33,8 +34,8 @@ class SwitchedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs × in → the layer's output, rotation included."""
         found: Tensor = self.layer(inputs)
-        projected = inputs @ self.get_parameter(RIGHT)
-        return found + (projected @ self.get_parameter(ROTATION)) @ self.get_parameter(LEFT)
+        right, left = self.get_parameter(RIGHT), self.get_parameter(LEFT)
+        return found + added_by_rotation(inputs, right, self.get_parameter(ROTATION), left)
 
 
 class MixedLinear(nn.Module):
@@ -72,15 +73,9 @@ class MixedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Batch × … × in → the layer's output, each row's rotation included."""
         found: Tensor = self.layer(inputs)
-        ids = self._task_ids()
-        rotation = self.get_parameter(ROTATIONS)[ids]
-        projected = inputs @ self.get_parameter(RIGHT)
-        if projected.ndim == 2:  # a classifier's, of one vector for each row
-            projected = projected[:, None]
-            return found + ((projected @ rotation) @ self.get_parameter(LEFT))[:, 0]
-        while rotation.ndim < projected.ndim:
-            rotation = rotation[:, None]
-        return found + (projected @ rotation) @ self.get_parameter(LEFT)
+        rotations = self.get_parameter(ROTATIONS)[self._task_ids()]
+        right, left = self.get_parameter(RIGHT), self.get_parameter(LEFT)
+        return found + added_by_rotation(inputs, right, rotations, left)
 
 
 def replace_layers(model: nn.Module, made: Iterable[tuple[str, nn.Module]]) -> None:

@@ -123,7 +123,7 @@ class UnmergedLoader:
         """
         skeleton, saved = self.skeleton, self._plan.adapter.saved
         tensors = {}
-        for name, tensor in _read(self._plan.checkpoint).items():
+        for name, tensor in read_tensors(self._plan.checkpoint).items():
             in_model, reshaped = skeleton.tensor_name(name)
             tensors[name if reshaped else in_model] = tensor
         tensors |= {skeleton.tensor_name(name)[0]: tensor for name, tensor in saved.items()}
@@ -165,7 +165,7 @@ class MergedLoader:
                 f"{folder}: its model type is '{config.model_type}', that of the base "
                 f"'{like.config.model_type}'"
             )
-        loaded = _load(like.model_class, config, _read(self._checkpoint), dtype, folder)
+        loaded = _load(like.model_class, config, read_tensors(self._checkpoint), dtype, folder)
         loaded.model.to(device)
         return loaded
 
@@ -201,15 +201,19 @@ class PlainLoader:
             CheckpointError: transformers cannot load it.
         """
         skeleton, folder = self.skeleton, self._checkpoint.folder
-        tensors = _read(self._checkpoint)
+        tensors = read_tensors(self._checkpoint)
         model_class, config = skeleton.model_class, skeleton.config
         loaded = _load(model_class, config, tensors, dtype, folder, attention)
         loaded.model.to(device)
         return loaded
 
 
-def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, memory-mapped."""
+def read_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, memory-mapped.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
     tensors: dict[str, Tensor] = {}
     for file in checkpoint.files:
         try:
