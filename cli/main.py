@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from psoft_export.cli import cache, combine, inspect, lora, merge, onnx, push, record, swap, verify
+from psoft_export.cli import (
+    cache,
+    combine,
+    inspect,
+    lora,
+    merge,
+    onnx,
+    push,
+    record,
+    recover,
+    swap,
+    verify,
+)
 from psoft_export.cli.output import print_error
 from psoft_export.errors import PsoftExportError, UsageError
 
@@ -27,6 +39,7 @@ app.command("lora", epilog=lora.EXAMPLES)(lora.lora_command)
 app.command("onnx", epilog=onnx.EXAMPLES)(onnx.onnx_command)
 app.command("onnx-adapter", epilog=onnx.ADAPTER_EXAMPLES)(onnx.onnx_adapter_command)
 app.command("record", epilog=record.RECORD_EXAMPLES)(record.record_command)
+app.command("recover", epilog=recover.EXAMPLES)(recover.recover_command)
 app.command("convert", epilog=record.CONVERT_EXAMPLES)(record.convert_command)
 app.command("combine", epilog=combine.EXAMPLES)(combine.combine_command)
 app.command("swap", epilog=swap.EXAMPLES)(swap.swap_command)

@@ -1,5 +1,6 @@
 """`psoft-export merge`: write the checkpoint in which an adapter is merged into its base."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,7 +43,7 @@ from psoft_export.cli.options import (
 from psoft_export.cli.output import Output, basis_facts, levels_run, print_facts, size
 from psoft_export.cli.push import Upload, print_push, with_push
 from psoft_export.cli.reports import Reports
-from psoft_export.errors import NotEquivalentError
+from psoft_export.errors import NotEquivalentError, UsageError
 from psoft_export.planner import start_planner
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ EXAMPLES = """
   psoft-export merge --base meta-llama/Llama-3.2-1B --adapter ./adapter --output ./merged
 
   psoft-export merge --base ./base --adapter ./adapter --output ./merged --dtype bf16 --overwrite
+
+  psoft-export merge --base ./base --adapter ./unrecorded --output ./merged --recover-with task.txt
 
   psoft-export merge --base ./base --adapter me/adapter@v2 --output ./merged --dry-run
 
@@ -72,6 +75,14 @@ def merge_command(
     density: DensityOption = None,
     seed: SeedOption = None,
     require_record: RequireRecordOption = False,
+    recover_with: Annotated[
+        Path | None,
+        typer.Option(
+            "--recover-with",
+            metavar="DATA",
+            help="Without a basis record: recover it first, as 'recover --text' does.",
+        ),
+    ] = None,
     neumann_terms: NeumannTermsOption = None,
     givens: GivensOption = None,
     cache_dir: CacheDirOption = None,
@@ -123,11 +134,13 @@ def merge_command(
     reports.check()
     # Loads transformers while torch is loaded here; models that are run, and combining, need it
     # here as well.
-    held_here = dry_run or verify or adapters.is_combination
+    held_here = dry_run or verify or adapters.is_combination or recover_with is not None
     planner = None if held_here else start_planner()
     from psoft_export import VerificationReport, merge, plan_merge
 
     names = [name.strip() for name in labels.split(",")] if labels is not None else None
+    if dry_run and recover_with is not None:
+        raise UsageError("--dry-run computes nothing; leave --recover-with away")
     if dry_run:
         plan = plan_merge(
             base,
@@ -168,6 +181,7 @@ def merge_command(
                 labels=names,
                 verify_outputs=verify,
                 text=text,
+                recover_with=recover_with,
                 overwrite=overwrite,
                 token=token,
                 progress=progress,

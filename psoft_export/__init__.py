@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         convert,
         record,
     )
+    from psoft_export.recovering import RecoveredModule, RecoveryReport, recover
     from psoft_export.swapping import swap
     from psoft_export.training import RecordBasisCallback, record_basis, restore_basis
     from psoft_export.verification.figures import VerificationReport
@@ -69,6 +70,8 @@ __all__ = [
     "RecordBasisCallback",
     "RecordReport",
     "RecordedModule",
+    "RecoveredModule",
+    "RecoveryReport",
     "Sweep",
     "SweepPoint",
     "VerificationReport",
@@ -83,6 +86,7 @@ __all__ = [
     "push",
     "record",
     "record_basis",
+    "recover",
     "restore_basis",
     "start_planner",
     "swap",
@@ -114,6 +118,8 @@ _HOMES = {
     "RecordBasisCallback": "training",
     "RecordReport": "recording",
     "RecordedModule": "recording",
+    "RecoveredModule": "recovering",
+    "RecoveryReport": "recovering",
     "Sweep": "evaluating",
     "SweepPoint": "evaluating",
     "VerificationReport": "verification.figures",
@@ -128,6 +134,7 @@ _HOMES = {
     "push": "publishing",
     "record": "recording",
     "record_basis": "training",
+    "recover": "recovering",
     "restore_basis": "training",
     "start_planner": "planner",
     "swap": "swapping",

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -102,7 +102,8 @@ class BasisFinder:
                 "record": {
                     "kind": record.kind,
                     "sha256": self._adapter.sha256[record.path.name],
-                    "svd": record.svd.origin,
+                    "svd": record.origin,
+                    "recovered": asdict(record.recovered) if record.recovered else None,
                 }
             }
         if record is not None and record.kind == "full":

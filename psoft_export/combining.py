@@ -5,7 +5,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from psoft_export.adapters.basis_record import (
     BaseTensor,
     Kind,
     KindChoice,
+    Recovery,
     SvdDescription,
     check_kind,
     write_record,
@@ -472,7 +473,16 @@ class _Combiner:
         else:
             svd = SvdDescription.of(options, self._device, self._leading.adapter.held_dtype)
         shapes = {self._module(name): self._planned[name].weight_shape for name in self._names}
-        write_record(folder, kind, options.rank, svd, shapes, self._layers(kind))
+        write_record(folder, kind, options.rank, svd, shapes, self._layers(kind), self._recovered)
+
+    @property
+    def _recovered(self) -> Recovery | None:
+        """The mark of the first adapter whose signs were recovered from data, or None."""
+        for member in self._members:
+            record = member.adapter.record
+            if record is not None and record.recovered is not None:
+                return replace(record.recovered, adapter=member.name)
+        return None
 
     def _reset(self) -> None:
         self._rotations: dict[str, FactoredRotation] = {}

@@ -98,3 +98,22 @@ class NotEquivalentError(PsoftExportError):
     def __init__(self, message: str, report: object = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class NotRecoveredError(PsoftExportError):
+    """The signs of an adapter could not be recovered from the data, or not at all.
+
+    `report` is the `RecoveryReport`.
+    """
+
+    exit_code = 16
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class PartlyRecoveredError(NotRecoveredError):
+    """Some of the signs were recovered, too few to trust the adapter with them."""
+
+    exit_code = 15

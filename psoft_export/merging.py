@@ -10,6 +10,7 @@ import torch
 from psoft_export.adapters.adapter import NeumannTerms, SubspaceAdapter
 from psoft_export.adapters.combination_file import read_combination
 from psoft_export.adapters.files import named_base
+from psoft_export.adapters.kinds import load_adapter
 from psoft_export.algebra.merged_weight import product_error_bound
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.bases import BasisFinder
@@ -85,6 +86,7 @@ def merge(
     givens: GivensForm | None = None,
     verify_outputs: bool = False,
     text: str | Path | None = None,
+    recover_with: str | Path | None = None,
     overwrite: bool = False,
     token: str | None = None,
     progress: ProgressCallback | None = None,
@@ -119,6 +121,9 @@ def merge(
         verify_outputs: also run the merged model beside base and adapter, not merged, and look at
             what the rotations keep (see `verify`).
         text: a UTF-8 text file to run then.
+        recover_with: data of the task, from which to recover the signs of an adapter (a folder)
+            without a basis record first, as `recover` does with its defaults; the record is
+            written into the adapter's folder. An adapter with a record is merged with that.
         overwrite: replace a non-empty output folder.
         token: a Hub token; by default the one that `hf auth login` stored.
         progress: called after every piece of the output.
@@ -131,6 +136,7 @@ def merge(
 
     Raises:
         NotEquivalentError: the result is not what base and adapter mean.
+        NotRecoveredError: the signs could not be recovered, or only partly.
         PsoftExportError: a subclass that says what is wrong; see `docs/exit-codes.md`.
 
     Example:
@@ -145,6 +151,8 @@ def merge(
     trained_on = choose_device(svd_device) if svd_device is not None else None
     store = open_cache(cache_dir) if cache else None
     check_target(Path(output).absolute(), overwrite=overwrite)
+    if recover_with is not None:
+        _recover(base, adapter, recover_with, device, cache, cache_dir, token, note)
     plan = plan_merge(
         base,
         adapter,
@@ -173,6 +181,35 @@ def merge(
         progress=progress,
         note=note,
     )
+
+
+def _recover(
+    base: str | Path,
+    adapter: str | Path | Combination,
+    data: str | Path,
+    device: str,
+    cache: bool,
+    cache_dir: str | Path | None,
+    token: str | None,
+    note: Callable[[str], None] | None,
+) -> None:
+    """Recover the signs of an adapter that has no record; arguments and errors as of `merge`."""
+    from psoft_export.recovering import recover  # loads transformers
+
+    if isinstance(adapter, Combination):
+        raise UsageError("recover-with: is for one adapter; recover each before combining them")
+    if load_adapter(adapter, token=token).record is not None:
+        return
+    recover(
+        base,
+        adapter,
+        data,
+        device=device,
+        cache=cache,
+        cache_dir=cache_dir,
+        token=token,
+        note=note,
+    ).require_recovered()
 
 
 def execute_merge(

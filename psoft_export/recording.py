@@ -14,6 +14,7 @@ from psoft_export.adapters.basis_record import (
     BaseTensor,
     Kind,
     KindChoice,
+    Recovery,
     SvdDescription,
     check_kind,
     write_record,
@@ -265,7 +266,7 @@ def convert(
             if path.is_file() and path.name != basis_record.FILENAME:
                 shutil.copyfile(path, folder.path / path.name)
         converter = _Converter(plan, kind, on, store, progress, local=to == "this-machine")
-        _write(folder.path, plan, kind, recorded.svd, converter.layers())
+        _write(folder.path, plan, kind, recorded.svd, converter.layers(), recorded.recovered)
         if to == "this-machine":
             _write_rotations(loaded, converter.rotations, folder.path)
         folder.commit()
@@ -388,6 +389,7 @@ def _write(
     kind: Kind,
     svd: SvdDescription,
     layers: Iterator[tuple[str, BaseTensor, SignRecord | Basis]],
+    recovered: Recovery | None = None,
 ) -> Path:
     shapes = {}
     for tensor in plan.targets:
@@ -395,7 +397,7 @@ def _write(
         shapes[tensor.module] = tensor.weight_shape
     rank = plan.adapter.rank
     assert rank is not None
-    return write_record(folder, kind, rank, svd, shapes, layers)
+    return write_record(folder, kind, rank, svd, shapes, layers, recovered)
 
 
 def _checked_kind(kind: KindChoice, adapter: SubspaceAdapter) -> Kind | None:

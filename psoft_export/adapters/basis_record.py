@@ -1,9 +1,10 @@
 """The basis record: `psoft_basis.safetensors` beside an adapter, read and written.
 
 Version 1 of the format. Metadata: `format`, `version`, `kind` (`signs` or `full`), `rank`, `svd`
-(JSON: how the basis was found and scaled) and `base` (JSON: module → dtype, shape and SHA-256 of
-the weight it was found in). Tensors for every module: `singular_values`, `anchor`, `sign`,
-`cluster`, `cluster_A` and `cluster_B` (see `basis.signs.SignRecord`), or `A` and `B`.
+(JSON: how the basis was found and scaled), `base` (JSON: module → dtype, shape and SHA-256 of
+the weight it was found in), and `recovered` (JSON, `Recovery`) where nobody recorded the signs in
+training and they were recovered from data. Tensors for every module: `singular_values`, `anchor`,
+`sign`, `cluster`, `cluster_A` and `cluster_B` (see `basis.signs.SignRecord`), or `A` and `B`.
 """
 
 import json
@@ -89,6 +90,42 @@ class SvdDescription:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """That the signs of a record were not recorded in training but recovered from data.
+
+    Attributes:
+        data: what they were recovered from, in words; never a path.
+        data_sha256: SHA-256 of that file, or of the images in their order.
+        base_loss: held-out loss of the base, in nats a target (squared error of a head of one
+            number).
+        start_loss: held-out loss with the best of the SVDs that were tried first.
+        loss: held-out loss with the signs recorded.
+        settled: share of the signs that matter which the data settle.
+        seed: of the search.
+        adapter: of a combination: the adapter whose signs these are; else empty.
+    """
+
+    data: str
+    data_sha256: str
+    base_loss: float
+    start_loss: float
+    loss: float
+    settled: float
+    seed: int
+    adapter: str = ""
+
+    @property
+    def words(self) -> str:
+        """All of it that a report should repeat."""
+        whose = f" of '{self.adapter}'" if self.adapter else ""
+        return (
+            f"signs{whose} recovered from data, not recorded in training ({self.settled:.1%} "
+            f"settled; held-out loss {self.loss:.4g}, base {self.base_loss:.4g}, "
+            f"at the start {self.start_loss:.4g})"
+        )
+
+
+@dataclass(frozen=True)
 class BasisRecord:
     """A record on disk. Its header is read and checked; the tensors are read when asked for.
 
@@ -99,6 +136,7 @@ class BasisRecord:
         svd: how the basis was found.
         base: module path → the weight it was found in.
         entries: the file's tensors by name.
+        recovered: how the signs were recovered from data, or None where training recorded them.
     """
 
     path: Path
@@ -107,11 +145,17 @@ class BasisRecord:
     svd: SvdDescription
     base: Mapping[str, BaseTensor]
     entries: Mapping[str, TensorEntry]
+    recovered: Recovery | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where the basis is from, in one line: an SVD, and data if they gave its signs."""
+        return f"{self.recovered.words}; {self.svd.origin}" if self.recovered else self.svd.origin
 
     @property
     def summary(self) -> str:
         """Kind and origin in one line."""
-        return f"{self.kind}; {self.svd.origin}"
+        return f"{self.kind}; {self.origin}"
 
     def signs(self, module: str) -> SignRecord:
         """The signs of one module (kind `signs`).
@@ -197,12 +241,14 @@ def read_record(folder: Path) -> BasisRecord | None:
             )
             for module, origin in json.loads(metadata["base"]).items()
         }
+        found = json.loads(metadata.get("recovered", "null"))
+        recovered = Recovery(**found) if found is not None else None
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as cause:
         raise RecordError(f"{path}: its metadata is not that of a basis record") from cause
     if kind not in _SUFFIXES:
         raise RecordError(f"{path}: kind {kind!r} is neither 'signs' nor 'full'")
     by_name = {entry.name: entry for entry in entries}
-    record = BasisRecord(path, kind, rank, svd, base, by_name)
+    record = BasisRecord(path, kind, rank, svd, base, by_name, recovered)
     _check_tensors(record)
     return record
 
@@ -256,6 +302,7 @@ def write_record(
     svd: SvdDescription,
     shapes: Mapping[str, tuple[int, int]],
     layers: Iterable[tuple[str, BaseTensor, SignRecord | Basis]],
+    recovered: Recovery | None = None,
 ) -> Path:
     """Write `psoft_basis.safetensors` into `folder`, whole or not at all; replaces an earlier one.
 
@@ -268,6 +315,7 @@ def write_record(
         svd: how the basis was found.
         shapes: module path → out × in of its weight, in the order of `layers`.
         layers: module path, its weight, and its signs (kind `signs`) or basis (kind `full`).
+        recovered: how the signs were recovered from data, or None.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -282,7 +330,7 @@ def write_record(
                 records |= {f"{module}.{n}": t for n, t in _sign_tensors(record).items()}
             named = {n: TensorSpec(n, CODES[t.dtype], tuple(t.shape)) for n, t in records.items()}
             specs = aligned_order(named.values())
-            writer = ShardWriter(scratch, specs, _metadata(kind, rank, svd, base))
+            writer = ShardWriter(scratch, specs, _metadata(kind, rank, svd, base, recovered))
             for spec in specs:
                 writer.append(raw(records[spec.name]))
         else:
@@ -292,13 +340,13 @@ def write_record(
                 for name, extents in (("A", (rank, columns)), ("B", (rows, rank)))
             ]
             # The hashes are known at the end; the header has room for them from the start.
-            writer = ShardWriter(scratch, specs, _metadata(kind, rank, svd, base))
+            writer = ShardWriter(scratch, specs, _metadata(kind, rank, svd, base, recovered))
             for module, origin, basis in layers:
                 base[module] = origin
                 assert isinstance(basis, Basis)
                 writer.append(raw(basis.a.float()))
                 writer.append(raw(basis.b.float()))
-            writer.replace_metadata(_metadata(kind, rank, svd, base))
+            writer.replace_metadata(_metadata(kind, rank, svd, base, recovered))
         writer.close()
     return path
 
@@ -310,7 +358,11 @@ def _sign_tensors(record: SignRecord | Basis) -> dict[str, Tensor]:
 
 
 def _metadata(
-    kind: Kind, rank: int, svd: SvdDescription, base: Mapping[str, BaseTensor]
+    kind: Kind,
+    rank: int,
+    svd: SvdDescription,
+    base: Mapping[str, BaseTensor],
+    recovered: Recovery | None,
 ) -> dict[str, str]:
     origins = {
         # Padded, so that the header's length does not depend on what is filled in later.
@@ -324,6 +376,7 @@ def _metadata(
         "rank": str(rank),
         "svd": json.dumps(asdict(svd), sort_keys=True),
         "base": json.dumps(origins, sort_keys=True),
+        **({"recovered": json.dumps(asdict(recovered), sort_keys=True)} if recovered else {}),
     }
 
 

@@ -54,8 +54,11 @@ def cayley(generator: Tensor) -> Tensor:
     """Cayley(Q) = (I + Q)(I − Q)⁻¹, orthogonal for skew-symmetric Q (paper, equation 6).
 
     I − Q is never singular: the eigenvalues of Q are purely imaginary.
+
+    Args:
+        generator: Q, … × r × r, any floating dtype, on any device.
     """
-    identity = torch.eye(generator.shape[0], dtype=generator.dtype)
+    identity = _identity(generator)
     solution: Tensor = torch.linalg.solve(identity - generator, identity + generator, left=False)
     return solution
 
@@ -72,20 +75,18 @@ def cayley_neumann(generator: Tensor, series: CayleyNeumann) -> Tensor:
 
         t ≤ 0: I + Q      t ≥ 1: I + 2 Σ_{k=1..t} Q^k + Q^(t+1)
 
-    With `series.max_norm` Q is first scaled down to that Frobenius norm.
+    With `series.max_norm` Q is first scaled down to that Frobenius norm. Argument as of `cayley`.
     """
     if series.convention == "paper":
         return _paper_series(generator, series.terms)
     terms, bound = series.terms, series.max_norm
     if bound is not None:
-        norm = torch.linalg.matrix_norm(generator)
-        if norm > bound:
-            # 1e-12 as in PEFT: without it the result differs in the last digits.
-            generator = generator * (bound / (norm + 1e-12))
-    result = torch.eye(generator.shape[0], dtype=generator.dtype)
+        norm = torch.linalg.matrix_norm(generator)[..., None, None]
+        # 1e-12 as in PEFT: without it the result differs in the last digits.
+        generator = torch.where(norm > bound, generator * (bound / (norm + 1e-12)), generator)
     if terms <= 1:
-        return result
-    result += 2 * generator
+        return _identity(generator).expand_as(generator)
+    result = _identity(generator) + 2 * generator
     if terms == 2:
         return result
     power = generator @ generator
@@ -97,12 +98,15 @@ def cayley_neumann(generator: Tensor, series: CayleyNeumann) -> Tensor:
 
 
 def _paper_series(generator: Tensor, terms: int) -> Tensor:
-    result = torch.eye(generator.shape[0], dtype=generator.dtype)
-    power = generator
+    result, power = _identity(generator), generator
     for _ in range(terms):
-        result += 2 * power
+        result = result + 2 * power
         power = power @ generator
     return result + power
+
+
+def _identity(matrix: Tensor) -> Tensor:
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
 def peft_terms(series: CayleyNeumann) -> int | None:
@@ -117,9 +121,12 @@ def core_rotation(parameters: RotationParameters) -> Tensor:
     if not parameters.orthogonal:
         return parameters.weight.to("cpu", torch.float64)
     generator = skew_symmetric(parameters.weight, parameters.rank)
-    if parameters.series is None:
-        return cayley(generator)
-    return cayley_neumann(generator, parameters.series)
+    return turned_by(generator, parameters.series)
+
+
+def turned_by(generator: Tensor, series: CayleyNeumann | None) -> Tensor:
+    """C of a generator, by the Cayley transform or by a series; argument as of `cayley`."""
+    return cayley(generator) if series is None else cayley_neumann(generator, series)
 
 
 def rotation(parameters: RotationParameters) -> Tensor:

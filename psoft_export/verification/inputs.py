@@ -281,6 +281,17 @@ def tokens_of_text(folder: Path, path: Path, vocabulary: int, needed: int) -> Te
     return _tokens_of(path, _tokenizer(folder), vocabulary, needed, folder)
 
 
+def needed_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint's folder.
+
+    Raises:
+        UsageError: it has none that transformers can read.
+    """
+    if (found := _tokenizer(folder)) is None:
+        raise UsageError(f"{folder}: has no tokenizer that transformers can read")
+    return found
+
+
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder, or None where it has none that can be read."""
     # Without a vocabulary transformers would make an empty tokenizer of the model type's class.

@@ -1,0 +1,63 @@
+"""R as a smooth function of the signs of its basis, so that a gradient can look for them.
+
+With D = diag(d), d in {−1, 1}ʳ, the rotation in a basis with other signs is D R D. Here every dᵢ
+may lie anywhere in [−1, 1]. The generator is what is scaled, Q becomes D Q D, so that the core
+stays a rotation on the way: at d = 0 it is the identity, and the layer is the base's but for the
+scaling vectors, which no sign changes. A free R has no generator; its off-diagonal entries are
+scaled.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from psoft_export.algebra.parameters import RotationParameters
+from psoft_export.algebra.rotation import skew_symmetric, turned_by
+
+
+class RelaxedSigns:
+    """The rotations of an adapter's modules as functions of d.
+
+    Attributes:
+        shape: number of modules, and r.
+    """
+
+    def __init__(self, parameters: Sequence[RotationParameters], device: torch.device) -> None:
+        """Stack what is stored, in float32.
+
+        Args:
+            parameters: of every module; of one rank and one form.
+            device: where to compute.
+        """
+        first = parameters[0]
+        self.shape = (len(parameters), first.rank)
+        self._orthogonal = first.orthogonal
+        self._series = first.series
+        stored = [
+            skew_symmetric(p.weight, p.rank) if p.orthogonal else p.weight for p in parameters
+        ]
+        self._matrices = torch.stack([m.to(device, torch.float32) for m in stored])
+        self._identity = torch.eye(first.rank, device=device)
+        ones = torch.ones(first.rank)
+        self._vector_a, self._vector_b = (
+            torch.stack([(v if v is not None else ones).to(device, torch.float32) for v in vectors])
+            for vectors in ([p.vector_a for p in parameters], [p.vector_b for p in parameters])
+        )
+
+    def cores(self, d: Tensor) -> Tensor:
+        """R − I of every module, differentiable in d.
+
+        Args:
+            d: … × modules × r, float32, each within [−1, 1].
+
+        Returns:
+            … × modules × r × r, float32.
+        """
+        scaled = self._matrices * d[..., :, None] * d[..., None, :]
+        if self._orthogonal:
+            core = turned_by(scaled, self._series)
+        else:
+            core = torch.where(self._identity.bool(), self._matrices, scaled)
+        turned = self._vector_b[:, :, None] * core * self._vector_a[:, None, :]
+        return turned - self._identity

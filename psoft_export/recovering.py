@@ -1,0 +1,764 @@
+"""Recovering the signs of an adapter that nobody recorded, from a little data of its task."""
+
+import hashlib
+import json
+import math
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from psoft_export.adapters import basis_record
+from psoft_export.adapters.adapter import SubspaceAdapter
+from psoft_export.adapters.basis_record import (
+    BaseTensor,
+    Recovery,
+    SvdDescription,
+    write_record,
+)
+from psoft_export.algebra.relaxed_signs import RelaxedSigns
+from psoft_export.algebra.rotation import rotation
+from psoft_export.bases import BasisFinder
+from psoft_export.basis.signs import SignRecord, inseparable, record_signs
+from psoft_export.basis.svd import Basis, basis_values
+from psoft_export.cache import BasisCache, open_cache
+from psoft_export.checkpoint import companions
+from psoft_export.checkpoint.dtypes import TORCH_DTYPES, parse_dtype
+from psoft_export.checkpoint.output import OutputFolder
+from psoft_export.checkpoint.reader import file_sha256
+from psoft_export.device import choose_device
+from psoft_export.errors import (
+    NotRecoveredError,
+    OutputError,
+    PartlyRecoveredError,
+    UnsupportedError,
+    UsageError,
+)
+from psoft_export.opening import check_apart, open_plan
+from psoft_export.plan import MergePlan
+from psoft_export.recovery.examples import Examples, read_examples
+from psoft_export.recovery.readings import Decompose, chosen_readings, read_signs
+from psoft_export.recovery.search import (
+    CYCLE,
+    SETTLED,
+    Polished,
+    SearchState,
+    SignSearch,
+    Step,
+    polish,
+    same_signs,
+)
+from psoft_export.recovery.state import StateFile
+from psoft_export.recovery.task_loss import Losses, TaskLoss
+from psoft_export.verification.evaluation import unit_in_last_place
+from psoft_export.verification.inputs import pad_token, tokenizer_folder
+from psoft_export.verification.models import UnmergedLoader
+from psoft_export.weights import BaseReader
+
+Verdict = Literal["recovered", "partly", "not"]
+Note = Callable[[str], None]
+
+STEPS = 960
+_BATCH = 8  # examples a step
+_ROWS = 16  # examples at a time where nothing is learnt
+_STEPS_BETWEEN_NOTES = 20
+_SURE = 3.0  # standard errors by which the held-out loss must be below the base's
+_RETURNED = 0.95  # of what the data say must come back from a fresh start
+_LEFT_OPEN = 0.02  # share of the gain that signs in doubt may cost in the mean
+_LEAST_GAIN = 1e-3  # of the base's loss: less is nothing that signs could be told by
+_PARTS = (slice(0, None, 2), slice(1, None, 2))  # of the layers, for the check
+_SEARCH_SHARE = 0.7  # of a time limit, for the search; the rest for check and polish
+_MOST_EVIDENCE = 20.0  # nats of one sign that count in the check
+
+
+@dataclass(frozen=True)
+class RecoveredModule:
+    """What is known of the signs of one module.
+
+    Attributes:
+        module: module path, as the adapter names it.
+        rank: r.
+        settled: number of signs whose flip would cost the data 1000 : 1 or more.
+        immaterial: number of signs whose flip changes ΔW by less than rounding W to its dtype.
+        in_doubt: number of the others.
+        at_stake: what flipping all those in doubt would cost, in nats a target, each alone.
+        out_of_reach: number of vectors that near-equal singular values let no sign pin down; the
+            record holds this machine's.
+    """
+
+    module: str
+    rank: int
+    settled: int
+    immaterial: int
+    in_doubt: int
+    at_stake: float
+    out_of_reach: int
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """How far the signs were recovered.
+
+    Losses are in nats a target (a token, a label), those of a head of one number squared errors.
+
+    Attributes:
+        verdict: `recovered`: a record was written; `partly`: the held-out loss is below the
+            base's, but signs are open that matter; `not`: it is not below.
+        reason: the verdict in a sentence.
+        path: the record, or None where none was written.
+        modules: one entry a module.
+        data: what was read, in words.
+        base_loss: held-out loss of the base.
+        start_loss: held-out loss at the best of the readings.
+        loss: held-out loss with the signs found.
+        train_loss: loss of what was searched on, with the signs found.
+        readings: loss of a part of the data by each SVD that was tried first.
+        start: the reading that the search started from; `random` where signs were drawn.
+        returned: share of what the data say of the signs that a start from nothing found again.
+        settled: settled signs among those that matter.
+        steps: gradient steps done.
+        seconds: wall time.
+        peak_bytes: largest memory of the process (on CUDA: of torch on the device).
+        signs: module → the signs found, as a record would hold them, whatever the verdict.
+    """
+
+    verdict: Verdict
+    reason: str
+    path: Path | None
+    modules: tuple[RecoveredModule, ...]
+    data: str
+    base_loss: float
+    start_loss: float
+    loss: float
+    train_loss: float
+    readings: Mapping[str, float]
+    start: str
+    returned: float
+    settled: float
+    steps: int
+    seconds: float
+    peak_bytes: int
+    signs: Mapping[str, SignRecord] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as one JSON-ready object, `signs` apart."""
+        fields = asdict(replace(self, signs={}))
+        del fields["signs"]
+        return fields | {"path": str(self.path) if self.path else None}
+
+    def require_recovered(self) -> None:
+        """Do nothing where the signs were recovered.
+
+        Raises:
+            PartlyRecoveredError: some were.
+            NotRecoveredError: none were.
+        """
+        if self.verdict == "partly":
+            raise PartlyRecoveredError(
+                f"partly recovered, so nothing was written: {self.reason}", self
+            )
+        if self.verdict == "not":
+            raise NotRecoveredError(f"not recovered, so nothing was written: {self.reason}", self)
+
+
+def recover(
+    base: str | Path,
+    adapter: str | Path,
+    text: str | Path,
+    *,
+    output: str | Path | None = None,
+    labels: Sequence[str] | None = None,
+    window: int | None = None,
+    steps: int | None = None,
+    time_limit: float | None = None,
+    readings: Sequence[str] | None = None,
+    random_start: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str | None = None,
+    batch: int = _BATCH,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    force: bool = False,
+    overwrite: bool = False,
+    token: str | None = None,
+    note: Note | None = None,
+) -> RecoveryReport:
+    """Find the signs of an adapter's basis by the loss of its task, and record them.
+
+    The signs that the SVDs of this machine give are tried first. From the best of them a search
+    goes on by gradients, then flip by flip (docs/recovery.md). One example in five is held out. A
+    record of kind `signs` is written only where the verdict is `recovered`, and says in its
+    metadata that its signs come from data.
+
+    An interrupted search goes on where it was, when it is called again with the same arguments and
+    cache.
+
+    Args:
+        base: folder or Hub id of the base.
+        adapter: folder of the adapter, into which the record is written; with `output` also a Hub
+            id.
+        text: data of the task: UTF-8 text, JSONL, CSV or a folder of images
+            (`recovery.examples.read_examples`), on which the adapter should do well.
+        output: folder for a copy of the adapter with the record; the adapter then stays as it is.
+        labels: names of the classes in the order of the head; default: the config's.
+        window: tokens of an example; default: 256, or as many as the model takes.
+        steps: gradient steps of the search at most, rounded to cycles of 60; default: 960.
+        time_limit: seconds for search and polish, in place of `steps`.
+        readings: names of the SVDs to try (`cpu`, `cpu-float64`, `cpu-transposed`, `numpy`; with
+            CUDA also `cuda`, `cuda-gesvd`, `cuda-gesvdj`, `cuda-gesvda`); default: all.
+        random_start: search from random signs, whatever the readings give.
+        seed: of everything random.
+        device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
+        dtype: `fp32`, `fp16` or `bf16`, in which the model computes; default: fp32 on the CPU, the
+            base's own on CUDA.
+        batch: examples in a step.
+        cache: keep bases and the state of the search on disk.
+        cache_dir: folder of that cache.
+        force: search although there is a record, and replace it.
+        overwrite: replace a non-empty `output`.
+        token: a Hub token.
+        note: told in a few words of each step.
+
+    Returns:
+        The verdict, with figures by module. Signs that cannot be recovered are a verdict, not an
+        error.
+
+    Raises:
+        UsageError: the data cannot be read, are too few, or do not fit the model; an option cannot
+            be used.
+        UnsupportedError: the adapter's signs are not what is unknown (its file holds its basis, its
+            basis came from a low-rank SVD, or it is not PSOFT), or the model has no loss.
+        OutputError: the adapter has a record already, or the output cannot be written.
+        PsoftExportError: as `merge`, for base and adapter.
+
+    Example:
+        >>> report = psoft_export.recover("base", "adapter", "task.txt")
+        >>> report.verdict, report.base_loss, report.loss
+    """
+    began = time.monotonic()
+    tell = note or (lambda _: None)
+    _check_numbers(steps, time_limit, batch)
+    decompositions = chosen_readings(readings)
+    plan, loaded = _opened(base, adapter, output, force, token)
+    on = choose_device(device)
+    loader = UnmergedLoader(plan)
+    examples = read_examples(
+        Path(text), loader.skeleton, tokenizer_folder(plan), labels=labels, window=window, seed=seed
+    )
+    store = open_cache(cache_dir) if cache else None
+    plan = replace(plan, adapter=replace(loaded, record=None))
+    found = _find_bases(plan, on, store, decompositions, tell)
+    tell("recovering: loading the base")
+    compute = _compute_dtype(dtype, on, plan)
+    model = loader.load({}, compute, on, attention=None).model
+    rotations = [loaded.rotations[module] for module in found]
+    loss = TaskLoss(
+        model,
+        examples.task,
+        RelaxedSigns(rotations, on),
+        {loader.skeleton.module_path(m): known.basis for m, known in found.items()},
+        loaded.basis_options.scaling,
+        pad=pad_token(loader.skeleton.config),
+        rows=_ROWS,
+    )
+    data_sha256 = _data_sha256(Path(text))
+    run = _Run(loss, examples, found, batch=batch, seed=seed, tell=tell)
+    options = (
+        steps,
+        time_limit,
+        random_start,
+        batch,
+        window,
+        seed,
+        str(compute),
+        list(labels or ()),
+    )
+    state = _state_file(store, loaded, found, data_sha256, options)
+    outcome = run.carry_out(steps, time_limit, random_start, state)
+    modules = _judged(loaded, found, outcome)
+    verdict, reason, settled = _verdict(outcome, modules)
+    signs = _signs(loaded, found, outcome.polished.signs)
+    path = None
+    if verdict == "recovered":
+        mark = Recovery(
+            examples.words,
+            data_sha256,
+            outcome.base.mean,
+            outcome.start.mean,
+            outcome.held_out.mean,
+            settled,
+            seed,
+        )
+        path = _write(plan, loaded, found, signs, mark, output, overwrite)
+    if state is not None:
+        state.remove()
+    return RecoveryReport(
+        verdict=verdict,
+        reason=reason,
+        path=path,
+        modules=modules,
+        data=examples.words,
+        base_loss=outcome.base.mean,
+        start_loss=outcome.start.mean,
+        loss=outcome.held_out.mean,
+        train_loss=outcome.polished.loss,
+        readings=outcome.readings,
+        start=outcome.start_name,
+        returned=outcome.returned,
+        settled=settled,
+        steps=outcome.steps,
+        seconds=time.monotonic() - began,
+        peak_bytes=_peak_bytes(on),
+        signs=signs,
+    )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of one module before the search.
+
+    Attributes:
+        basis: A and B of its weight with the signs of one SVD, float32, CPU.
+        next_value: σ_{r+1}.
+        origin: the weight.
+        rounding: Frobenius norm of what rounding W to its dtype changes.
+        cluster: indices of the vectors that no sign can pin down.
+        signs: name of each reading → its signs against `basis` (±1, r).
+    """
+
+    basis: Basis
+    next_value: float
+    origin: BaseTensor
+    rounding: float
+    cluster: Tensor
+    signs: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a search came to.
+
+    Attributes:
+        polished: the signs.
+        targets: number of targets searched on.
+        base: held-out losses of the base; `start` of the start, `held_out` of the result.
+        readings: loss at each reading.
+        start_name: the reading started from.
+        returned: see `RecoveryReport`.
+        steps: gradient steps done.
+    """
+
+    polished: Polished
+    targets: float
+    base: Losses
+    start: Losses
+    held_out: Losses
+    readings: Mapping[str, float]
+    start_name: str
+    returned: float
+    steps: int
+
+
+class _Run:
+    """Readings, search, polish and check, on data in two parts."""
+
+    def __init__(
+        self,
+        loss: TaskLoss,
+        examples: Examples,
+        found: Mapping[str, _Known],
+        *,
+        batch: int,
+        seed: int,
+        tell: Note,
+    ) -> None:
+        self._loss = loss
+        self._examples = examples
+        self._found = found
+        self._batch = batch
+        self._seed = seed
+        self._tell = tell
+        self._ends = math.inf
+
+    def carry_out(
+        self,
+        steps: int | None,
+        time_limit: float | None,
+        random_start: bool,
+        state: StateFile | None,
+    ) -> _Outcome:
+        """All of it; arguments as of `recover`."""
+        self._ends = time.monotonic() + time_limit if time_limit is not None else math.inf
+        held = self._examples.held_out
+        readings, start_name, start = self._start(random_start)
+        base, at_start = self._loss.losses(held, None), self._loss.losses(held, start)
+        self._tell(f"held-out loss: base {base.mean:.4g}, at the start {at_start.mean:.4g}")
+        kept = state.read() if state is not None else None
+        cycles = max(1, round((steps or STEPS) / CYCLE) - len(_PARTS))
+        search = self._new_search(start, cycles, kept)
+        ended = None
+        if kept is not None:
+            self._tell(f"going on after {kept.cycle * CYCLE} steps of an interrupted search")
+        elif _is_below(at_start, base):
+            # One of the SVDs may have been training's own; then there is little to search.
+            ended = self._checked(search, start)
+        if ended is None or ended[1] < _RETURNED:
+            ended = self._checked(search, self._searched(search, start, state, time_limit))
+        polished, returned = ended
+        return _Outcome(
+            polished=polished,
+            targets=float(self._loss.losses(self._examples.train, None).counts.sum()),
+            base=base,
+            start=at_start,
+            held_out=self._loss.losses(held, polished.signs),
+            readings=readings,
+            start_name=start_name,
+            returned=returned,
+            steps=search.steps,
+        )
+
+    def _start(self, random_start: bool) -> tuple[dict[str, float], str, Tensor]:
+        """The loss at each reading, and name and signs of the start."""
+        losses = {}
+        scored = self._examples.train[: 2 * _ROWS]
+        for name in next(iter(self._found.values())).signs:
+            losses[name] = self._loss.losses(scored, self._read(name)).mean
+            self._tell(f"loss at the signs of the SVD '{name}': {losses[name]:.4g}")
+        if random_start or not losses:
+            shape = self._loss.rotations.shape
+            drawn = torch.randint(2, shape, generator=torch.Generator().manual_seed(self._seed))
+            return losses, "random", drawn.float() * 2 - 1
+        best = min(losses, key=lambda name: losses[name])
+        return losses, best, self._read(best)
+
+    def _read(self, name: str) -> Tensor:
+        return torch.stack([known.signs[name] for known in self._found.values()])
+
+    def _new_search(self, start: Tensor, cycles: int, state: SearchState | None) -> SignSearch:
+        return SignSearch(
+            self._loss,
+            self._examples.train,
+            start,
+            cycles=cycles,
+            rows=self._batch,
+            seed=self._seed,
+            state=state,
+        )
+
+    def _searched(
+        self, search: SignSearch, start: Tensor, file: StateFile | None, time_limit: float | None
+    ) -> Tensor:
+        """The best signs of all cycles."""
+        while not search.is_done:
+            began = time.monotonic()
+            state = search.run_cycle(self._note)
+            if file is not None:
+                file.write(state)
+            if time_limit is not None:
+                # As many cycles as fit, beside the check and the polish.
+                left = (self._ends - time.monotonic()) / (time.monotonic() - began)
+                search.replan(state.cycle + max(0, int(_SEARCH_SHARE * left)))
+        return search.state.best
+
+    def _checked(self, search: SignSearch, signs: Tensor) -> tuple[Polished, float]:
+        """The signs polished, and the share of what the data say of them that is found again.
+
+        Half of the layers starts from nothing beside the other half, and the other way round. What
+        is found so and loses less takes the place of what was there.
+        """
+        polished = self._polished(signs)
+        again, together = 0.0, 0.0
+        for part in _PARTS:
+            layers = torch.zeros(len(signs), dtype=torch.bool)
+            layers[part] = True
+            self._tell(f"checking: {int(layers.sum())} of {len(layers)} layers from nothing")
+            other = search.found_again(polished.signs, layers, self._note)
+            weights = polished.costs.clamp(0, _MOST_EVIDENCE)[layers]
+            same = same_signs(polished.signs, other)[layers]
+            again += float((weights * same).sum())
+            together += float(weights.sum())
+            better, lost = search.crossed(polished.signs, polished.loss, other)
+            if lost < polished.loss:
+                polished = self._polished(better)
+        self._tell(f"found again: {again / together if together else 0:.1%}")
+        return polished, again / together if together else 0.0
+
+    def _polished(self, signs: Tensor) -> Polished:
+        def is_over() -> bool:
+            return time.monotonic() > self._ends
+
+        return polish(
+            self._loss, self._examples.train, signs, self._batch, self._tell, is_over=is_over
+        )
+
+    def _note(self, step: Step) -> None:
+        if step.step % _STEPS_BETWEEN_NOTES:
+            return
+        moved = "" if step.moved is None else f", {step.moved:.1%} of the signs moved in a cycle"
+        self._tell(
+            f"recovering: step {step.step}, loss {step.loss:.4g}, {step.undecided:.0%} of the "
+            f"signs undecided{moved}"
+        )
+
+
+def _opened(
+    base: str | Path, adapter: str | Path, output: str | Path | None, force: bool, token: str | None
+) -> tuple[MergePlan, SubspaceAdapter]:
+    """The plan, and the adapter if its signs are what is unknown of it."""
+    if output is None and not Path(adapter).expanduser().is_dir():
+        raise UsageError(
+            f"{adapter}: not a folder here, so the record has no place; name one for a copy of the "
+            "adapter with --output"
+        )
+    plan = open_plan(base, adapter, token=token)
+    loaded = plan.adapter
+    name = loaded.source.name
+    if not isinstance(loaded, SubspaceAdapter):
+        raise UnsupportedError(f"{name}: {loaded.method}: has no signs to recover")
+    if loaded.bases:
+        raise UnsupportedError(f"{name}: holds A and B itself, so its signs are known")
+    if loaded.basis_options.solver == "lowrank":
+        raise UnsupportedError(
+            f"{name}: its basis came from a random projection (psoft_svd: lowrank), which no signs "
+            "give back; only a record of kind 'full' made in training could"
+        )
+    if loaded.record is not None and not force:
+        raise OutputError(
+            f"{loaded.record.path}: there is a record already, perhaps of the training itself; "
+            "--force searches all the same, and replaces it"
+        )
+    if output is not None and Path(output).resolve() == loaded.source.folder.resolve():
+        raise OutputError(f"{output}: is the adapter itself; leave --output away")
+    return plan, loaded
+
+
+def _check_numbers(steps: int | None, time_limit: float | None, batch: int) -> None:
+    if steps is not None and time_limit is not None:
+        raise UsageError("steps and time: give one of them")
+    if steps is not None and steps < CYCLE * (1 + len(_PARTS)):
+        raise UsageError(f"steps {steps}: at least {CYCLE * (1 + len(_PARTS))} are needed")
+    if time_limit is not None and not time_limit > 0:
+        raise UsageError(f"time {time_limit:g}: a number of seconds above 0 is needed")
+    if batch < 1:
+        raise UsageError(f"batch {batch}: at least 1 is needed")
+
+
+def _find_bases(
+    plan: MergePlan,
+    device: torch.device,
+    cache: BasisCache | None,
+    decompositions: Mapping[str, Decompose],
+    tell: Note,
+) -> dict[str, _Known]:
+    """Each module's basis, and what every decomposition says of its signs."""
+    adapter = plan.adapter
+    assert isinstance(adapter, SubspaceAdapter)
+    options, cpu = adapter.basis_options, torch.device("cpu")
+    finder = BasisFinder(adapter, device=device, cache=cache)
+    found = {}
+    with BaseReader(plan) as reader:
+        for number, tensor in enumerate(plan.targets, 1):
+            assert tensor.module is not None
+            weight = reader.target(tensor)
+            here = finder.find(tensor.module, weight.as_trained, weight.trained.sha256)
+            assert here.basis is not None and here.next_value is not None
+            basis = here.basis.to(cpu)
+            single = weight.as_trained.float()
+            found[tensor.module] = _Known(
+                basis,
+                here.next_value,
+                weight.trained,
+                _rounding(weight.as_trained),
+                inseparable(basis_values(basis, options), here.next_value),
+                {n: read_signs(single, basis, options, d) for n, d in decompositions.items()},
+            )
+            tell(f"reading signs: {number} of {len(plan.targets)} weights")
+    return found
+
+
+def _rounding(weight: Tensor) -> float:
+    """Norm of what rounding a weight to its dtype changes: errors even over half a unit."""
+    units = unit_in_last_place(weight.double(), weight.dtype)
+    return math.sqrt(float(units.square().sum()) / 12)
+
+
+def _compute_dtype(asked: str | None, device: torch.device, plan: MergePlan) -> torch.dtype:
+    if asked is not None:
+        return TORCH_DTYPES[parse_dtype(asked)]
+    if device.type == "cpu":
+        return torch.float32
+    entry = plan.targets[0].entry
+    assert entry is not None
+    return TORCH_DTYPES[entry.dtype]
+
+
+def _data_sha256(path: Path) -> str:
+    """Of a file, or of all files under a folder in order of their names."""
+    if path.is_file():
+        return file_sha256(path, UsageError)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{file_sha256(file, UsageError)}\n".encode())
+    return digest.hexdigest()
+
+
+def _state_file(
+    cache: BasisCache | None,
+    adapter: SubspaceAdapter,
+    found: Mapping[str, _Known],
+    data_sha256: str,
+    options: Sequence[object],
+) -> StateFile | None:
+    """Where the search of these arguments is kept."""
+    if cache is None:
+        return None
+    said = [
+        sorted(adapter.sha256.items()),
+        [(module, known.origin.sha256) for module, known in found.items()],
+        [sorted(known.signs) for known in found.values()],
+        data_sha256,
+        list(options),
+    ]
+    key = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
+    return StateFile(cache.folder / "searches", key)
+
+
+def _is_below(losses: Losses, base: Losses) -> bool:
+    """Whether a loss is below the base's, beyond what chance would do."""
+    gains = (base.sums - losses.sums) / base.counts.mean()
+    error = float(gains.std(correction=1)) / math.sqrt(len(gains))
+    return float(gains.mean()) > max(_SURE * error, _LEAST_GAIN * base.mean)
+
+
+def _judged(
+    adapter: SubspaceAdapter, found: Mapping[str, _Known], outcome: _Outcome
+) -> tuple[RecoveredModule, ...]:
+    """Each module's signs in classes."""
+    judged = []
+    for (module, known), costs in zip(found.items(), outcome.polished.costs, strict=True):
+        changes = _changes_by_flip(known.basis, adapter, module)
+        reachable = torch.ones(len(costs), dtype=torch.bool)
+        reachable[known.cluster.long()] = False
+        matters = (changes >= known.rounding) & reachable
+        settled = matters & (costs >= SETTLED)
+        doubt = matters & ~settled
+        judged.append(
+            RecoveredModule(
+                module,
+                adapter.rank,
+                int(settled.sum()),
+                int((reachable & ~matters).sum()),
+                int(doubt.sum()),
+                float(costs[doubt].abs().sum()) / outcome.targets,
+                len(known.cluster),
+            )
+        )
+    return tuple(judged)
+
+
+def _changes_by_flip(basis: Basis, adapter: SubspaceAdapter, module: str) -> Tensor:
+    """‖ΔW with one sign flipped − ΔW‖, Frobenius, of each sign (r, float64).
+
+    A flip negates row and column i of R but for the diagonal; rows of A, and columns of B, are
+    orthogonal.
+    """
+    turn = rotation(adapter.rotations[module]).fill_diagonal_(0)
+    left = adapter.basis_options.scaling * torch.linalg.vector_norm(basis.b.double(), dim=0)
+    right = torch.linalg.vector_norm(basis.a.double(), dim=1)
+    squares = (left[:, None] * turn * right[None, :]).square()
+    changes: Tensor = 2 * (squares.sum(0) + squares.sum(1)).sqrt()
+    return changes
+
+
+def _verdict(outcome: _Outcome, modules: Sequence[RecoveredModule]) -> tuple[Verdict, str, float]:
+    """The verdict, why, and the settled signs among those that matter."""
+    settled = sum(module.settled for module in modules)
+    doubt = sum(module.in_doubt for module in modules)
+    share = settled / (settled + doubt) if settled + doubt else 0.0
+    if not settled + doubt:
+        return "not", "no sign matters: the adapter turns nothing by more than rounding", share
+    base, found = outcome.base.mean, outcome.held_out.mean
+    if not _is_below(outcome.held_out, outcome.base):
+        why = (
+            f"the held-out loss, {found:.4g}, is not surely below the base's, {base:.4g}: another "
+            "base than trained, text of another task, or too little data"
+        )
+        return "not", why, share
+    costs = outcome.polished.costs.abs()
+    risk = float((costs / (1 + costs.exp())).sum()) / outcome.targets / (base - found)
+    if outcome.returned < _RETURNED:
+        why = (
+            f"only {outcome.returned:.1%} of what the data say of the signs was found again from "
+            f"nothing ({_RETURNED:.0%} is needed), so whole groups may be wrong; give more data or "
+            "more steps"
+        )
+        return "partly", why, share
+    if risk > _LEFT_OPEN:
+        why = (
+            f"{doubt} signs in doubt may cost {risk:.1%} of the gain ({_LEFT_OPEN:.0%} is the "
+            "limit); give more data"
+        )
+        return "partly", why, share
+    why = f"held-out loss {found:.4g} against the base's {base:.4g}"
+    return "recovered", why, share
+
+
+def _signs(
+    adapter: SubspaceAdapter, found: Mapping[str, _Known], signs: Tensor
+) -> dict[str, SignRecord]:
+    """The signs found, as a record holds them."""
+    return {
+        module: record_signs(
+            Basis(known.basis.a * sign[:, None], known.basis.b * sign),
+            adapter.basis_options,
+            known.next_value,
+        )
+        for (module, known), sign in zip(found.items(), signs, strict=True)
+    }
+
+
+def _write(
+    plan: MergePlan,
+    adapter: SubspaceAdapter,
+    found: Mapping[str, _Known],
+    signs: Mapping[str, SignRecord],
+    mark: Recovery,
+    output: str | Path | None,
+    overwrite: bool,
+) -> Path:
+    """Write the record into the adapter's folder, or into a copy of it."""
+    options = adapter.basis_options
+    layers = [(module, known.origin, signs[module]) for module, known in found.items()]
+
+    def write(folder: Path) -> Path:
+        svd = SvdDescription.of(options, torch.device("cpu"), torch.float32)
+        shapes = {module: known.origin.shape for module, known in found.items()}
+        return write_record(folder, "signs", options.rank, svd, shapes, layers, mark)
+
+    source = adapter.source.folder
+    if output is None:
+        return write(source)
+    target = Path(output)
+    check_apart(target, plan)
+    files = [path for path in sorted(source.iterdir()) if path.is_file()]
+    room = sum(path.stat().st_size for path in files) + companions.ROOM_BYTES
+    with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
+        for path in files:
+            if path.name != basis_record.FILENAME:
+                shutil.copyfile(path, folder.path / path.name)
+        write(folder.path)
+        folder.commit()
+    return target / basis_record.FILENAME
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

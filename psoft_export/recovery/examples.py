@@ -1,0 +1,441 @@
+"""Data of a task as users have it: text, JSONL, CSV, or folders of images; read into examples.
+
+Each example is what a model takes in one row, and what it should answer there. Every file is read
+with the tokenizer or the image processor that base or adapter bring.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from psoft_export.errors import MissingExtraError, UnsupportedError, UsageError, first_line
+from psoft_export.model.skeleton import Skeleton
+from psoft_export.verification.inputs import decoder_start_token, needed_tokenizer
+from psoft_export.verification.text import read_text
+
+Task = Literal["causal", "seq2seq", "masked", "classes", "images"]
+
+WINDOW = 256  # tokens of an example, where the model takes so many
+IGNORED = -100  # a target that does not count
+FEWEST = 10  # examples: one in five is held out, and two say little
+_SHARE_MASKED = 0.15  # of the tokens of a masked model's example (BERT's share)
+_HELD_OUT_EVERY = 5
+_SPARE_POSITIONS = 2  # RoBERTa's first two are never a token's
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_TASKS: tuple[tuple[Task, Any], ...] = (
+    ("causal", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
+    ("seq2seq", transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+    ("masked", transformers.MODEL_FOR_MASKED_LM_MAPPING),
+    ("classes", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    ("images", transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a batch.
+
+    Attributes:
+        inputs: arguments of the model by name: token ids and the like (length), or pixels
+            (channels × height × width).
+        targets: a token for each position (length), where `IGNORED` does not count; or one class
+            (int64) or number (float32), without extent.
+    """
+
+    inputs: Mapping[str, Tensor]
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The data of a task, in two parts.
+
+    Attributes:
+        task: how the model reads it and what it answers.
+        train: what signs are searched on.
+        held_out: every fifth example, which the search never sees.
+        words: the data in words.
+    """
+
+    task: Task
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    words: str
+
+
+def read_examples(
+    path: Path,
+    skeleton: Skeleton,
+    folder: Path,
+    *,
+    labels: Sequence[str] | None = None,
+    window: int | None = None,
+    seed: int = 0,
+) -> Examples:
+    """The examples in a file, or in a folder of images.
+
+    What a file may hold, by the class of the model:
+
+    - causal: UTF-8 text, cut into windows; JSONL with `text`, `messages` (rendered by the chat
+      template), or `prompt` and `completion`, where only the completion counts;
+    - sequence-to-sequence: JSONL with `prompt` and `completion`; text, of each window of which the
+      second half is predicted from the first;
+    - masked: text, or JSONL with `text`; 15 % of the tokens are masked;
+    - sequence classification: JSONL or CSV with `text`, perhaps `text_pair`, and `label`;
+    - image classification: a folder with one folder of images for each label.
+
+    Args:
+        path: the file or folder.
+        skeleton: the model's class and config.
+        folder: of the checkpoint whose tokenizer or image processor reads it.
+        labels: names of the classes in the order of the head; default: the config's.
+        window: tokens of an example; default: 256, or as many as the model takes.
+        seed: of the tokens that are masked.
+
+    Raises:
+        UsageError: the file cannot be read, is too short, or its labels do not fit the head; there
+            is no tokenizer that fits.
+        UnsupportedError: the model's class has no loss that data could tell.
+        MissingExtraError: images need a package that is not installed.
+    """
+    task = _task_of(skeleton)
+    if labels is not None and task not in ("classes", "images"):
+        raise UsageError(f"labels: {skeleton.class_name} has no classes")
+    if task == "images":
+        made = list(_image_examples(path, folder, _Labels(skeleton.config, labels)))
+        return _in_two(task, made, path, f"{len(made)} images of {path.name}")
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; {skeleton.class_name} takes a file of text")
+    reader = _TextReader(path, skeleton, folder, task, window, seed)
+    if task == "classes":
+        made = list(reader.labelled(_Labels(skeleton.config, labels)))
+    else:
+        made = list(reader.unlabelled())
+    kind = "texts" if task == "classes" else f"windows of up to {reader.window} tokens"
+    return _in_two(task, made, path, f"{len(made)} {kind} of {path.name}")
+
+
+def _task_of(skeleton: Skeleton) -> Task:
+    for task, mapping in _TASKS:
+        if skeleton.model_class in _classes(mapping):
+            return task
+    raise UnsupportedError(
+        f"{skeleton.class_name}: signs are recovered by a task's loss, and this class has none "
+        "that is known here (causal, sequence-to-sequence and masked language models, classifiers "
+        "of texts and of images have)"
+    )
+
+
+def _classes(mapping: Any) -> Iterator[type]:
+    for found in mapping.values():
+        yield from found if isinstance(found, (tuple, list)) else (found,)
+
+
+def _in_two(task: Task, made: list[Example], path: Path, words: str) -> Examples:
+    if len(made) < FEWEST:
+        raise UsageError(
+            f"{path}: gives {len(made)} examples; at least {FEWEST} are needed, for one in "
+            f"{_HELD_OUT_EVERY} is held out; give more, or shorter ones (--window)"
+        )
+    train = tuple(e for i, e in enumerate(made) if i % _HELD_OUT_EVERY != _HELD_OUT_EVERY - 1)
+    return Examples(task, train, tuple(made[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]), words)
+
+
+class _Labels:
+    """Which class a label of the data is."""
+
+    def __init__(self, config: Any, names: Sequence[str] | None) -> None:
+        self._count = int(config.num_labels)
+        self.is_number = self._count == 1 and config.problem_type != "single_label_classification"
+        if config.problem_type == "multi_label_classification":
+            raise UnsupportedError("the head gives several labels at once; recover needs one")
+        if names is not None and len(names) != self._count:
+            raise UsageError(f"labels: {len(names)} names for a head of {self._count} classes")
+        known = config.id2label or {}
+        self._names = list(names or (str(known.get(i, i)) for i in range(self._count)))
+
+    def target(self, label: Any, where: str) -> Tensor:
+        """The class of a label, or the number that a head of one output should give.
+
+        Raises:
+            UsageError: the head has no such class.
+        """
+        if self.is_number:
+            try:
+                return torch.tensor(float(label))
+            except (TypeError, ValueError) as cause:
+                raise UsageError(f"{where}: label {label!r} is not a number") from cause
+        if str(label) in self._names:
+            return torch.tensor(self._names.index(str(label)))
+        is_index = str(label).isdecimal() and not isinstance(label, bool)
+        if is_index and int(label) < self._count:
+            return torch.tensor(int(label))
+        raise UsageError(
+            f"{where}: label {label!r} is none of the head's {self._count} classes "
+            f"({', '.join(self._names[:8])}{', …' if self._count > 8 else ''}); --labels names "
+            "them in the head's order"
+        )
+
+
+class _TextReader:
+    """Makes examples of one file for a model that reads tokens."""
+
+    def __init__(
+        self,
+        path: Path,
+        skeleton: Skeleton,
+        folder: Path,
+        task: Task,
+        window: int | None,
+        seed: int,
+    ) -> None:
+        config = skeleton.config
+        self._path = path
+        self._task = task
+        self._vocabulary = int(config.get_text_config().vocab_size)
+        self._tokenizer = needed_tokenizer(folder)
+        self._start = decoder_start_token(config)
+        self._end = getattr(config, "eos_token_id", None)
+        self._generator = torch.Generator().manual_seed(seed)
+        self.window = _window(config, window)
+
+    def unlabelled(self) -> Iterator[Example]:
+        """Examples for a model that predicts tokens."""
+        if self._path.suffix not in (".jsonl", ".json"):
+            yield from self._of_whole(read_text(self._path))
+            return
+        for where, row in _json_rows(self._path):
+            yield from self._of_row(where, row)
+
+    def labelled(self, labels: _Labels) -> Iterator[Example]:
+        """Examples for a classifier."""
+        rows = _csv_rows if self._path.suffix == ".csv" else _json_rows
+        for where, row in rows(self._path):
+            text, pair = _field(row, "text", where), row.get("text_pair") or None
+            if row.get("label") in (None, ""):
+                raise UsageError(f"{where}: has no 'label'")
+            read = self._tokenizer(text, pair, truncation=True, max_length=self.window)
+            inputs = {n: torch.tensor(v) for n, v in read.items() if n in _TOKEN_ARGUMENTS}
+            self._check(inputs["input_ids"])
+            yield Example(inputs, labels.target(row["label"], where))
+
+    def _of_row(self, where: str, row: Mapping[str, Any]) -> Iterator[Example]:
+        if "prompt" in row:
+            prompt = self._rendered(row["prompt"], where)
+            completion = self._rendered(row.get("completion"), where)
+            yield self._of_pair(self._tokens(prompt), self._tokens(completion))
+        elif "messages" in row:
+            yield from self._windows(self._rendered(row["messages"], where))
+        else:
+            text = _field(row, "text", where, "'text', 'messages', or 'prompt' and 'completion'")
+            yield from self._windows(text)
+
+    def _of_whole(self, text: str) -> Iterator[Example]:
+        """Windows of a text, without what is left at its end."""
+        tokens = self._tokens(text)
+        if len(tokens) < self.window:
+            raise UsageError(
+                f"{self._path}: has {len(tokens)} tokens, fewer than one window of {self.window}; "
+                "give more text, or a shorter --window"
+            )
+        whole = tokens[: len(tokens) // self.window * self.window]
+        return map(self._of_text, torch.split(whole, self.window))
+
+    def _windows(self, text: str) -> Iterator[Example]:
+        return map(self._of_text, torch.split(self._tokens(text), self.window))
+
+    def _rendered(self, said: Any, where: str) -> str:
+        """A string as it is; a list of messages by the chat template."""
+        if isinstance(said, str) and said:
+            return said
+        if not isinstance(said, list) or not said:
+            raise UsageError(f"{where}: 'prompt' and 'completion' are texts or lists of messages")
+        if not self._tokenizer.chat_template:
+            raise UsageError(f"{where}: holds messages, but the tokenizer has no chat template")
+        try:
+            return cast(str, self._tokenizer.apply_chat_template(said, tokenize=False))
+        except Exception as cause:  # templates raise errors of many kinds
+            raise UsageError(
+                f"{where}: the chat template cannot render it ({first_line(cause)})"
+            ) from cause
+
+    def _of_text(self, tokens: Tensor) -> Example:
+        if self._task == "seq2seq":
+            half = max(1, len(tokens) // 2)
+            return self._of_pair(tokens[:half], tokens[half:])
+        if self._task == "masked":
+            return self._masked(tokens)
+        return Example({"input_ids": tokens}, tokens)
+
+    def _of_pair(self, prompt: Tensor, completion: Tensor) -> Example:
+        """An example of which only the completion counts."""
+        if self._end is not None:
+            ends = self._end if isinstance(self._end, list) else [self._end]
+            completion = torch.cat([completion, torch.tensor(ends[:1])])
+        completion = completion[: self.window]
+        if self._task == "seq2seq":
+            shifted = torch.cat([torch.tensor([self._start]), completion[:-1]])
+            inputs = {"input_ids": prompt[: self.window], "decoder_input_ids": shifted}
+            return Example(inputs, completion)
+        kept = prompt[max(0, len(prompt) + len(completion) - self.window) :]
+        tokens = torch.cat([kept, completion])[: self.window]
+        targets = tokens.clone()
+        targets[: len(tokens) - len(completion)] = IGNORED
+        return Example({"input_ids": tokens}, targets)
+
+    def _masked(self, tokens: Tensor) -> Example:
+        mask = self._tokenizer.mask_token_id
+        if mask is None:
+            raise UsageError(f"{self._path}: the tokenizer has no mask token")
+        hidden = torch.rand(len(tokens), generator=self._generator) < _SHARE_MASKED
+        hidden[int(torch.randint(len(tokens), (), generator=self._generator))] = True
+        ends = (self._tokenizer.cls_token_id, self._tokenizer.sep_token_id)
+        first, last = ([t] if t is not None else [] for t in ends)
+        ids = torch.tensor([*first, *tokens.masked_fill(hidden, int(mask)).tolist(), *last])
+        targets = torch.full_like(ids, IGNORED)
+        targets[len(first) : len(first) + len(tokens)] = tokens.masked_fill(~hidden, IGNORED)
+        return Example({"input_ids": ids}, targets)
+
+    def _tokens(self, text: str) -> Tensor:
+        found = self._tokenizer(text, add_special_tokens=False).input_ids
+        tokens = torch.tensor(found, dtype=torch.long)
+        self._check(tokens)
+        return tokens
+
+    def _check(self, tokens: Tensor) -> None:
+        if not len(tokens):
+            raise UsageError(f"{self._path}: holds no text, or a row without any")
+        if int(tokens.max()) >= self._vocabulary:
+            raise UsageError(
+                f"{self._path}: the tokenizer gives token {int(tokens.max())}, but the model has "
+                f"{self._vocabulary}"
+            )
+
+
+_TOKEN_ARGUMENTS = ("input_ids", "token_type_ids")
+
+
+def _window(config: Any, asked: int | None) -> int:
+    """How many tokens an example has at most."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(2, most - _SPARE_POSITIONS) if most else None
+    if asked is None:
+        return min(WINDOW, longest or WINDOW)
+    if asked < 2 or (longest is not None and asked > longest):
+        limit = f"2 to {longest}" if longest is not None else "at least 2"
+        raise UsageError(f"window {asked}: the model takes {limit} tokens")
+    return asked
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where each row of a JSONL file is, and the row."""
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as cause:
+            raise UsageError(f"{where}: is not JSON ({first_line(cause)})") from cause
+        if not isinstance(row, dict):
+            raise UsageError(f"{where}: is not a JSON object")
+        yield where, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where each row of a CSV file with a header is, and the row."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    missing = {"text", "label"} - set(reader.fieldnames or ())
+    if missing:
+        raise UsageError(f"{path}: its header has no column '{min(missing)}'")
+    for row in reader:
+        yield f"{path}: line {reader.line_num}", row
+
+
+def _field(row: Mapping[str, Any], name: str, where: str, wanted: str = "") -> str:
+    found = row.get(name)
+    if not isinstance(found, str) or not found:
+        raise UsageError(f"{where}: has no {wanted or repr(name)}")
+    return found
+
+
+def _image_examples(path: Path, folder: Path, labels: _Labels) -> Iterator[Example]:
+    """Images in folders that are named by their labels."""
+    try:
+        from PIL import Image
+    except ImportError as cause:
+        raise MissingExtraError("images need pillow: pip install 'psoft-export[vision]'") from cause
+    if not path.is_dir():
+        raise UsageError(f"{path}: images are given as a folder with one folder for each label")
+    processor = _image_processor(folder)
+    for kind in sorted(p for p in path.iterdir() if p.is_dir()):
+        target = labels.target(kind.name, str(kind))
+        for file in sorted(kind.iterdir()):
+            if file.suffix.lower() not in _PICTURES:
+                continue
+            try:
+                with Image.open(file) as image:
+                    pixels = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+            except OSError as cause:
+                raise UsageError(f"{file}: is no image that pillow reads") from cause
+            yield Example({"pixel_values": pixels[0]}, target)
+
+
+def _image_processor(folder: Path) -> Callable[..., Mapping[str, Tensor]]:
+    processors: Any = AutoImageProcessor
+    try:
+        made = processors.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as cause:  # processor classes raise errors of many kinds
+        raise UsageError(
+            f"{folder}: has no image processor that transformers can read ({first_line(cause)})"
+        ) from cause
+    return cast(Callable[..., Mapping[str, Tensor]], made)
+
+
+def batches(
+    examples: Iterable[Example], pad: int, rows: int
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Arguments and targets of at most `rows` examples at a time, padded to the longest of each.
+
+    Args:
+        examples: of one task.
+        pad: the token that pads.
+        rows: how many at a time.
+    """
+    waiting: list[Example] = []
+    for example in examples:
+        waiting.append(example)
+        if len(waiting) == rows:
+            yield collate(waiting, pad)
+            waiting = []
+    if waiting:
+        yield collate(waiting, pad)
+
+
+def collate(rows: Sequence[Example], pad: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Arguments and targets of one batch, padded on the right."""
+    arguments = {}
+    for name in rows[0].inputs:
+        parts = [row.inputs[name] for row in rows]
+        if name == "pixel_values":
+            arguments[name] = torch.stack(parts)
+            continue
+        fill = pad if name.endswith("input_ids") else 0
+        arguments[name] = _padded(parts, fill)
+        if name == "input_ids" and len({len(part) for part in parts}) > 1:
+            arguments["attention_mask"] = _padded([torch.ones_like(part) for part in parts], 0)
+    targets = [row.targets for row in rows]
+    return arguments, _padded(targets, IGNORED) if targets[0].ndim else torch.stack(targets)
+
+
+def _padded(parts: Sequence[Tensor], fill: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_value=fill)

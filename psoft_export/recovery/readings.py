@@ -1,0 +1,96 @@
+"""What the singular value decompositions that this machine can do say of the signs of one weight.
+
+Training's own SVD was one of few routines. Another one on the same device, or the same on another
+kind of weight, gives the signs of that routine exactly, so each is tried before anything is
+searched.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psoft_export.basis.signs import relative_signs
+from psoft_export.basis.svd import Basis, BasisOptions, Triplets, make_basis
+from psoft_export.errors import UsageError
+
+Decompose = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _torch_cpu(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _svd(weight.cpu())
+
+
+def _float64(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _svd(weight.cpu().double())
+
+
+def _transposed(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    right, values, left = _svd(weight.cpu().T.contiguous())
+    return left.T, values, right.T
+
+
+def _numpy(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    left, values, right = np.linalg.svd(weight.cpu().numpy(), full_matrices=False)
+    return torch.from_numpy(left), torch.from_numpy(values), torch.from_numpy(right)
+
+
+def _on_cuda(driver: str | None) -> Decompose:
+    return lambda weight: _svd(weight.cuda(), driver)
+
+
+def _svd(weight: Tensor, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    left, values, right = torch.linalg.svd(weight, full_matrices=False, driver=driver)
+    return left, values, right
+
+
+_ON_CPU: dict[str, Decompose] = {
+    "cpu": _torch_cpu,
+    "cpu-float64": _float64,
+    "cpu-transposed": _transposed,
+    "numpy": _numpy,
+}
+_ON_CUDA: dict[str, Decompose] = {
+    "cuda": _on_cuda(None),
+    "cuda-gesvd": _on_cuda("gesvd"),
+    "cuda-gesvdj": _on_cuda("gesvdj"),
+    "cuda-gesvda": _on_cuda("gesvda"),
+}
+
+
+def known_readings() -> dict[str, Decompose]:
+    """The decompositions of this machine, by name."""
+    return _ON_CPU | (_ON_CUDA if torch.cuda.is_available() else {})
+
+
+def chosen_readings(names: Sequence[str] | None) -> dict[str, Decompose]:
+    """Those of these names, or all.
+
+    Raises:
+        UsageError: this machine has none of such a name.
+    """
+    known = known_readings()
+    for name in names or ():
+        if name not in known:
+            raise UsageError(f"reading '{name}' is not one of {', '.join(known)}")
+    return {name: known[name] for name in names} if names is not None else known
+
+
+def read_signs(weight: Tensor, basis: Basis, options: BasisOptions, decompose: Decompose) -> Tensor:
+    """The signs of a decomposition's vectors against those of a basis of the same weight.
+
+    Args:
+        weight: W, out × in, float32, on any device.
+        basis: A and B.
+        options: how they are scaled.
+        decompose: gives U, the singular values and Vᵀ of W.
+
+    Returns:
+        ±1 (r, float32, CPU).
+    """
+    left, values, right = decompose(weight)
+    triplets = Triplets(left, values, right).truncated(options.rank)
+    found = make_basis(triplets.to(torch.device("cpu")).to(torch.float32), options)
+    signs, _ = relative_signs(found, basis.to(torch.device("cpu")))
+    return signs.float()

@@ -1,0 +1,65 @@
+"""A search on disk between two cycles, so that an interrupted one goes on where it was."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+
+from psoft_export.checkpoint.output import replacing_file
+from psoft_export.recovery.search import SearchState
+
+SUFFIX = ".search.safetensors"
+_FORMAT = "psoft-search/1"
+
+
+class StateFile:
+    """Where the state of one search is kept."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """`key` says in hexadecimal all that the search depends on."""
+        self.path = folder / f"{key}{SUFFIX}"
+        self._key = key
+
+    def read(self) -> SearchState | None:
+        """The state kept, or None; a damaged file counts as none."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata.get("format") != _FORMAT or metadata.get("key") != self._key:
+                return None
+            numbers = json.loads(metadata["numbers"])
+            return SearchState(
+                int(numbers["cycle"]),
+                tensors["position"],
+                tensors["best"],
+                float(numbers["best_loss"]),
+                float(numbers["moved"]),
+                tensors["generator"],
+            )
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            return None
+
+    def write(self, state: SearchState) -> None:
+        """Replace what is kept.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        numbers = {"cycle": state.cycle, "best_loss": state.best_loss, "moved": state.moved}
+        tensors = {
+            "position": state.position.contiguous(),
+            "best": state.best.contiguous(),
+            "generator": state.generator.contiguous(),
+        }
+        metadata = {"format": _FORMAT, "key": self._key, "numbers": json.dumps(numbers)}
+        with suppress(FileExistsError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(self.path, durable=False) as scratch:
+            safetensors.torch.save_file(tensors, scratch, metadata)
+
+    def remove(self) -> None:
+        """Forget the search."""
+        self.path.unlink(missing_ok=True)

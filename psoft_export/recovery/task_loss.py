@@ -1,0 +1,140 @@
+"""The loss of a task as a function of the signs: the frozen base with rotations beside its layers.
+
+What is kept for the gradient is x Aᵀ of each adapted layer, beside what the frozen model keeps;
+no weight has a gradient.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psoft_export.algebra.relaxed_signs import RelaxedSigns
+from psoft_export.basis.svd import Basis
+from psoft_export.changes.subspace import added_by_rotation
+from psoft_export.recovery.examples import IGNORED, Example, Task, batches
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What was lost on some examples.
+
+    Attributes:
+        sums: negative log-likelihood (squared error of a head of one number), added up over the
+            targets of each example (float64, CPU), in nats.
+        counts: number of targets of each (float64, CPU).
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    @property
+    def mean(self) -> float:
+        """A target, in the mean."""
+        return float(self.sums.sum() / self.counts.sum())
+
+
+class TaskLoss:
+    """A model and what its task loses at given signs.
+
+    Attributes:
+        rotations: the adapter's rotations as functions of the signs.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        task: Task,
+        rotations: RelaxedSigns,
+        bases: Mapping[str, Basis],
+        scaling: float,
+        *,
+        pad: int,
+        rows: int,
+    ) -> None:
+        """Stand the rotations beside the model's layers.
+
+        Args:
+            model: the base, frozen, on its device and in its dtype.
+            task: what it answers.
+            rotations: of the modules in the order of `bases`.
+            bases: path of each layer in the model → A and B of its weight.
+            scaling: alpha / r.
+            pad: the token that pads.
+            rows: how many examples are run at a time where nothing is learnt.
+        """
+        self.rotations = rotations
+        self._model = model
+        self._task = task
+        self._pad = pad
+        self._rows = rows
+        self._cores: Tensor | None = None
+        for number, (path, basis) in enumerate(bases.items()):
+            self._stand_beside(model.get_submodule(path), number, basis, scaling)
+        self.device = model.device
+
+    def loss(self, examples: Sequence[Example], d: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Loss of each example and number of its targets, differentiable in d.
+
+        Args:
+            examples: run at once.
+            d: modules × r; or for each example its own, examples × modules × r; None: the base.
+        """
+        ((arguments, targets),) = batches(examples, self._pad, len(examples))
+        if d is not None:
+            cores = self.rotations.cores(d)
+            self._cores = cores.transpose(-1, -2)
+        try:
+            return self._run(arguments, targets)
+        finally:
+            self._cores = None
+
+    @torch.no_grad()
+    def losses(self, examples: Sequence[Example], d: Tensor | None) -> Losses:
+        """Of all examples; arguments as of `loss`, d of all of them and on any device."""
+        sums, counts = [], []
+        if d is not None:
+            self._cores = self.rotations.cores(d.to(self.device)).transpose(-1, -2)
+        try:
+            for arguments, targets in batches(examples, self._pad, self._rows):
+                lost, count = self._run(arguments, targets)
+                sums.append(lost.double().cpu())
+                counts.append(count.double().cpu())
+        finally:
+            self._cores = None
+        return Losses(torch.cat(sums), torch.cat(counts))
+
+    def _run(self, arguments: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = self._model.dtype
+        moved = {
+            name: tensor.to(self.device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in arguments.items()
+        }
+        logits = self._model(**moved).logits.float()
+        targets = targets.to(self.device)
+        if targets.is_floating_point():
+            return (logits[:, 0] - targets).square(), torch.ones_like(targets)
+        if self._task == "causal":
+            logits, targets = logits[:, :-1], targets[:, 1:]
+        lost = nn.functional.cross_entropy(
+            logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        rows = len(targets)
+        counted = (targets != IGNORED).view(rows, -1).sum(1)
+        return lost.view(rows, -1).sum(1), counted
+
+    def _stand_beside(self, layer: nn.Module, number: int, basis: Basis, scaling: float) -> None:
+        weight = next(layer.parameters())
+        right = basis.a.T.to(weight).contiguous()
+        left = (scaling * basis.b.T).to(weight).contiguous()
+
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if self._cores is None:
+                return output
+            core = self._cores[..., number, :, :].to(right.dtype)
+            return output + added_by_rotation(inputs[0], right, core, left)
+
+        layer.register_forward_hook(add)

@@ -1,0 +1,224 @@
+"""Data of a task, read into examples: every kind of file, and what is wrong with some."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoTokenizer
+
+from psoft_export.errors import UnsupportedError, UsageError
+from psoft_export.model.skeleton import Skeleton
+from psoft_export.recovery.examples import IGNORED, Examples, collate, read_examples
+from tests.conftest import EXAMPLES
+from tests.models import FAMILIES, MINILM
+
+BASE = EXAMPLES / "base"
+TEXT = "The quick brown fox jumps over the lazy dog. " * 60
+LINES = [{"text": f"line {number} of a text"} for number in range(12)]
+
+
+def causal() -> Skeleton:
+    config = transformers.AutoConfig.from_pretrained(BASE)
+    return Skeleton(transformers.LlamaForCausalLM, config)
+
+
+def bert(head: str, **more: Any) -> Skeleton:
+    config = transformers.AutoConfig.from_pretrained(MINILM, **more)
+    return Skeleton(getattr(transformers, f"BertFor{head}"), config)
+
+
+def written(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def every(examples: Examples) -> list[Any]:
+    return [*examples.train, *examples.held_out]
+
+
+def test_a_text_becomes_windows_of_which_every_fifth_is_held_out(tmp_path: Path) -> None:
+    file = tmp_path / "task.txt"
+    file.write_text(TEXT)
+    found = read_examples(file, causal(), BASE, window=64)
+    whole = AutoTokenizer.from_pretrained(BASE)(TEXT, add_special_tokens=False).input_ids
+    assert len(every(found)) == len(whole) // 64
+    assert found.held_out[0].inputs["input_ids"].tolist() == whole[4 * 64 : 5 * 64]
+    assert found.train[4].inputs["input_ids"].tolist() == whole[5 * 64 : 6 * 64]
+    assert found.words == f"{len(whole) // 64} windows of up to 64 tokens of task.txt"
+
+
+def test_of_prompt_and_completion_only_the_completion_counts(tmp_path: Path) -> None:
+    rows = [{"prompt": "2 + 2 = ", "completion": f"{number}"} for number in range(10)]
+    found = read_examples(written(tmp_path / "a.jsonl", rows), causal(), BASE)
+    example = found.train[0]
+    counted = example.targets[example.targets != IGNORED]
+    end = causal().config.eos_token_id
+    assert counted.tolist() == [ord("0"), end]
+    assert example.inputs["input_ids"].tolist() == [*b"2 + 2 = 0", end]
+
+
+def test_messages_are_rendered_by_the_chat_template(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    rows = [{"messages": [{"role": "user", "content": f"hi {n}"}]} for n in range(10)]
+    file = written(tmp_path / "chat.jsonl", rows)
+    found = read_examples(file, causal(), folder)
+    assert bytes(found.train[0].inputs["input_ids"].tolist()) == b"<user>hi 0"
+    with pytest.raises(UsageError, match=r"chat\.jsonl: line 1: holds messages, but the tokenizer"):
+        read_examples(file, causal(), BASE)
+
+
+def test_a_sequence_to_sequence_model_reads_pairs_or_halves(tmp_path: Path) -> None:
+    config = FAMILIES["t5"].config()
+    config.vocab_size, config.eos_token_id = 300, 1
+    skeleton = Skeleton(transformers.T5ForConditionalGeneration, config)
+    rows = [{"prompt": "abc", "completion": "de"}] * 10
+    found = read_examples(written(tmp_path / "a.jsonl", rows), skeleton, BASE)
+    example = found.train[0]
+    assert example.inputs["input_ids"].tolist() == [*b"abc"]
+    assert example.targets.tolist() == [*b"de", 1]
+    start = config.pad_token_id
+    assert example.inputs["decoder_input_ids"].tolist() == [start, *b"de"]
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT)
+    example = read_examples(text, skeleton, BASE, window=64).train[0]
+    assert len(example.inputs["input_ids"]) == 32
+    assert example.targets.tolist() == [*TEXT[32:64].encode(), 1]
+
+
+def test_of_a_masked_model_what_was_masked_counts(tmp_path: Path) -> None:
+    file = tmp_path / "task.txt"
+    file.write_text(TEXT)
+    found = read_examples(file, bert("MaskedLM"), MINILM, window=32, seed=3)
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    whole = tokenizer(TEXT, add_special_tokens=False).input_ids
+    example = found.train[0]
+    ids, targets = example.inputs["input_ids"], example.targets
+    assert ids[0] == tokenizer.cls_token_id
+    assert ids[-1] == tokenizer.sep_token_id
+    counted = targets != IGNORED
+    assert counted.any()
+    assert (ids[counted] == tokenizer.mask_token_id).all()
+    assert torch.where(counted, targets, ids)[1:-1].tolist() == whole[:32]
+    again = read_examples(file, bert("MaskedLM"), MINILM, window=32, seed=3).train[0]
+    assert torch.equal(again.targets, targets)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_labels_are_names_or_numbers(tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": f"text {n}", "label": ("bad", "good", "1")[n % 3]} for n in range(10)]
+    file = tmp_path / f"reviews.{suffix}"
+    if suffix == "csv":
+        lines = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
+        file.write_text("\n".join(lines))
+    else:
+        written(file, rows)
+    skeleton = bert("SequenceClassification", num_labels=2)
+    found = read_examples(file, skeleton, MINILM, labels=["bad", "good"])
+    assert [int(example.targets) for example in found.train[:3]] == [0, 1, 1]
+    with pytest.raises(UsageError, match=r"label 'bad' is none of the head's 2 classes"):
+        read_examples(file, skeleton, MINILM)
+    with pytest.raises(UsageError, match=r"labels: 3 names for a head of 2 classes"):
+        read_examples(file, skeleton, MINILM, labels=["a", "b", "c"])
+
+
+def test_a_head_of_one_number_takes_numbers(tmp_path: Path) -> None:
+    rows = [{"text": "a", "text_pair": "b", "label": n / 4} for n in range(10)]
+    skeleton = bert("SequenceClassification", num_labels=1)
+    found = read_examples(written(tmp_path / "a.jsonl", rows), skeleton, MINILM)
+    assert found.train[1].targets == 0.25
+    assert found.train[1].inputs["token_type_ids"].max() == 1
+    rows[2]["label"] = "much"
+    with pytest.raises(UsageError, match=r"line 3: label 'much' is not a number"):
+        read_examples(written(tmp_path / "b.jsonl", rows), skeleton, MINILM)
+
+
+def images(folder: Path, labels: Sequence[str] = ("0", "1")) -> Path:
+    for label in labels:
+        (folder / label).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(folder / label / f"{number}.png")
+    return folder
+
+
+def test_images_lie_in_folders_named_by_their_labels(tmp_path: Path) -> None:
+    config = FAMILIES["vit"].config()
+    config.num_labels = 2
+    skeleton = Skeleton(transformers.ViTForImageClassification, config)
+    base = tmp_path / "base"
+    base.mkdir()
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (base / "preprocessor_config.json").write_text(json.dumps(processor))
+    found = read_examples(images(tmp_path / "images"), skeleton, base)
+    assert len(every(found)) == 12
+    assert found.train[0].inputs["pixel_values"].shape == (3, 32, 32)
+    assert [int(example.targets) for example in found.train] == [0] * 5 + [1] * 5
+    with pytest.raises(UsageError, match=r"label 'cat' is none of the head's 2 classes"):
+        read_examples(images(tmp_path / "others", ("cat", "dog")), skeleton, base)
+    with pytest.raises(UsageError, match="has no image processor"):
+        read_examples(tmp_path / "images", skeleton, tmp_path)
+
+
+def test_rows_of_several_lengths_are_padded(tmp_path: Path) -> None:
+    rows = [{"text": "a" * (number + 1)} for number in range(10)]
+    found = read_examples(written(tmp_path / "a.jsonl", rows), causal(), BASE)
+    arguments, targets = collate(found.train[:3], 258)
+    assert arguments["input_ids"].tolist() == [[97, 258, 258], [97, 97, 258], [97, 97, 97]]
+    assert arguments["attention_mask"].sum(1).tolist() == [1, 2, 3]
+    assert targets[0].tolist() == [97, IGNORED, IGNORED]
+
+
+BAD: dict[str, tuple[str, str, str]] = {
+    "nothing": ("a.txt", "", "holds no text"),
+    "short": ("a.txt", "abc", "has 3 tokens, fewer than one window of 256"),
+    "few": ("a.txt", TEXT[:1000], "gives 3 examples; at least 10 are needed"),
+    "not JSON": ("a.jsonl", "{", r"line 1: is not JSON"),
+    "no object": ("a.jsonl", "[1]", "line 1: is not a JSON object"),
+    "no text": ("a.jsonl", '{"label": 1}', "has no 'text', 'messages', or 'prompt'"),
+    "no completion": ("a.jsonl", '{"prompt": "a"}', "line 1: 'prompt' and 'completion' are texts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_named(tmp_path: Path, case: str) -> None:
+    name, content, message = BAD[case]
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_examples(file, causal(), BASE)
+    assert str(file) in str(caught.value)
+
+
+REFUSED: dict[str, tuple[Callable[[], Skeleton], dict[str, Any], str]] = {
+    "labels without classes": (causal, {"labels": ["a"]}, "LlamaForCausalLM has no classes"),
+    "a window too long": (causal, {"window": 10**6}, "window 1000000: the model takes 2 to"),
+    "no column": (lambda: bert("SequenceClassification"), {}, "no 'text'|no 'label'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_options_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
+    skeleton, options, message = REFUSED[case]
+    folder = MINILM if case == "no column" else BASE
+    with pytest.raises(UsageError, match=message):
+        read_examples(written(tmp_path / "a.jsonl", LINES), skeleton(), folder, **options)
+
+
+def test_a_class_without_a_task_is_unsupported(tmp_path: Path) -> None:
+    skeleton = Skeleton(transformers.BertModel, transformers.AutoConfig.from_pretrained(MINILM))
+    with pytest.raises(UnsupportedError, match="BertModel: signs are recovered by a task's loss"):
+        read_examples(written(tmp_path / "a.jsonl", LINES), skeleton, MINILM)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text(TEXT)
+    with pytest.raises(UsageError, match="has no tokenizer that transformers can read"):
+        read_examples(file, causal(), tmp_path)
