@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # What the wheel holds, unpacked: type checks and import layers look at what users install.
 TREE := build/tree
 
-.PHONY: demo test test-fast lint format bench clean
+.PHONY: demo test test-fast lint format bench study clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.givens
 	$(BIN)/python -m benchmarks.onnx
 	$(BIN)/python -m benchmarks.bank
+	$(BIN)/python -m benchmarks.recovery
+
+study: $(READY)
+	$(BIN)/python -m benchmarks.recovery --study
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Recovering the signs of an adapter that nobody recorded, from a little data of its task."""
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import resource
@@ -72,7 +73,8 @@ _SURE = 3.0  # standard errors by which the held-out loss must be below the base
 _RETURNED = 0.95  # of what the data say must come back from a fresh start
 _LEFT_OPEN = 0.02  # share of the gain that signs in doubt may cost in the mean
 _LEAST_GAIN = 1e-3  # of the base's loss: less is nothing that signs could be told by
-_PARTS = (slice(0, None, 2), slice(1, None, 2))  # of the layers, for the check
+_RANDOM = "random"  # the name of a start that no SVD gave
+_CHECKS = 3  # cycles of the check
 _SEARCH_SHARE = 0.7  # of a time limit, for the search; the rest for check and polish
 _MOST_EVIDENCE = 20.0  # nats of one sign that count in the check
 
@@ -398,19 +400,20 @@ class _Run:
         self._ends = time.monotonic() + time_limit if time_limit is not None else math.inf
         held = self._examples.held_out
         readings, start_name, start = self._start(random_start)
-        base, at_start = self._loss.losses(held, None), self._loss.losses(held, start)
+        signs = torch.where(start < 0, -1.0, 1.0)
+        base, at_start = self._loss.losses(held, None), self._loss.losses(held, signs)
         self._tell(f"held-out loss: base {base.mean:.4g}, at the start {at_start.mean:.4g}")
         kept = state.read() if state is not None else None
-        cycles = max(1, round((steps or STEPS) / CYCLE) - len(_PARTS))
-        search = self._new_search(start, cycles, kept)
+        cycles = max(1, round((steps or STEPS) / CYCLE) - _CHECKS)
+        search = self._new_search(start, start_name == _RANDOM, cycles, kept)
         ended = None
         if kept is not None:
             self._tell(f"going on after {kept.cycle * CYCLE} steps of an interrupted search")
         elif _is_below(at_start, base):
             # One of the SVDs may have been training's own; then there is little to search.
-            ended = self._checked(search, start)
+            ended = self._checked(search, signs)
         if ended is None or ended[1] < _RETURNED:
-            ended = self._checked(search, self._searched(search, start, state, time_limit))
+            ended = self._checked(search, self._searched(search, state, time_limit))
         polished, returned = ended
         return _Outcome(
             polished=polished,
@@ -433,15 +436,17 @@ class _Run:
             self._tell(f"loss at the signs of the SVD '{name}': {losses[name]:.4g}")
         if random_start or not losses:
             shape = self._loss.rotations.shape
-            drawn = torch.randint(2, shape, generator=torch.Generator().manual_seed(self._seed))
-            return losses, "random", drawn.float() * 2 - 1
+            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(self._seed))
+            return losses, _RANDOM, drawn
         best = min(losses, key=lambda name: losses[name])
         return losses, best, self._read(best)
 
     def _read(self, name: str) -> Tensor:
         return torch.stack([known.signs[name] for known in self._found.values()])
 
-    def _new_search(self, start: Tensor, cycles: int, state: SearchState | None) -> SignSearch:
+    def _new_search(
+        self, start: Tensor, is_random: bool, cycles: int, state: SearchState | None
+    ) -> SignSearch:
         return SignSearch(
             self._loss,
             self._examples.train,
@@ -449,46 +454,54 @@ class _Run:
             cycles=cycles,
             rows=self._batch,
             seed=self._seed,
+            starts_anew=is_random,
             state=state,
         )
 
     def _searched(
-        self, search: SignSearch, start: Tensor, file: StateFile | None, time_limit: float | None
+        self, search: SignSearch, file: StateFile | None, time_limit: float | None
     ) -> Tensor:
         """The best signs of all cycles."""
         while not search.is_done:
             began = time.monotonic()
             state = search.run_cycle(self._note)
+            self._tell(
+                f"recovering: {state.moved:.1%} of the signs moved in cycle {state.cycle} of "
+                f"{search.cycles}; the best lose {state.best_loss:.4g}"
+            )
             if file is not None:
                 file.write(state)
             if time_limit is not None:
                 # As many cycles as fit, beside the check and the polish.
                 left = (self._ends - time.monotonic()) / (time.monotonic() - began)
-                search.replan(state.cycle + max(0, int(_SEARCH_SHARE * left)))
+                search.cycles = state.cycle + max(0, int(_SEARCH_SHARE * left))
         return search.state.best
 
     def _checked(self, search: SignSearch, signs: Tensor) -> tuple[Polished, float]:
         """The signs polished, and the share of what the data say of them that is found again.
 
-        Half of the layers starts from nothing beside the other half, and the other way round. What
-        is found so and loses less takes the place of what was there.
+        Half of the layers starts from nothing beside the other half, and the other way round; then
+        once more those that were not found again. What is found so and loses less takes the place
+        of what was there.
         """
         polished = self._polished(signs)
-        again, together = 0.0, 0.0
-        for part in _PARTS:
-            layers = torch.zeros(len(signs), dtype=torch.bool)
-            layers[part] = True
+        again = torch.zeros(signs.shape, dtype=torch.bool)
+        evens = torch.arange(len(signs)) % 2 == 0
+        for part in (evens, ~evens, None):
+            # The last time those that were not; a start from nothing may miss what is there.
+            layers = ~again.all(dim=1) if part is None else part
             self._tell(f"checking: {int(layers.sum())} of {len(layers)} layers from nothing")
             other = search.found_again(polished.signs, layers, self._note)
-            weights = polished.costs.clamp(0, _MOST_EVIDENCE)[layers]
-            same = same_signs(polished.signs, other)[layers]
-            again += float((weights * same).sum())
-            together += float(weights.sum())
+            again[layers] |= same_signs(polished.signs, other)[layers]
             better, lost = search.crossed(polished.signs, polished.loss, other)
             if lost < polished.loss:
+                again &= same_signs(polished.signs, better)
                 polished = self._polished(better)
-        self._tell(f"found again: {again / together if together else 0:.1%}")
-        return polished, again / together if together else 0.0
+        evidence = polished.costs.clamp(0, _MOST_EVIDENCE)
+        together = float(evidence.sum())
+        returned = float((evidence * again).sum()) / together if together else 0.0
+        self._tell(f"found again: {returned:.1%}")
+        return polished, returned
 
     def _polished(self, signs: Tensor) -> Polished:
         def is_over() -> bool:
@@ -501,10 +514,9 @@ class _Run:
     def _note(self, step: Step) -> None:
         if step.step % _STEPS_BETWEEN_NOTES:
             return
-        moved = "" if step.moved is None else f", {step.moved:.1%} of the signs moved in a cycle"
         self._tell(
             f"recovering: step {step.step}, loss {step.loss:.4g}, {step.undecided:.0%} of the "
-            f"signs undecided{moved}"
+            "signs undecided"
         )
 
 
@@ -542,8 +554,8 @@ def _opened(
 def _check_numbers(steps: int | None, time_limit: float | None, batch: int) -> None:
     if steps is not None and time_limit is not None:
         raise UsageError("steps and time: give one of them")
-    if steps is not None and steps < CYCLE * (1 + len(_PARTS)):
-        raise UsageError(f"steps {steps}: at least {CYCLE * (1 + len(_PARTS))} are needed")
+    if steps is not None and steps < CYCLE * (1 + _CHECKS):
+        raise UsageError(f"steps {steps}: at least {CYCLE * (1 + _CHECKS)} are needed")
     if time_limit is not None and not time_limit > 0:
         raise UsageError(f"time {time_limit:g}: a number of seconds above 0 is needed")
     if batch < 1:
@@ -620,6 +632,7 @@ def _state_file(
     if cache is None:
         return None
     said = [
+        importlib.metadata.version("psoft-export"),
         sorted(adapter.sha256.items()),
         [(module, known.origin.sha256) for module, known in found.items()],
         [sorted(known.signs) for known in found.values()],

@@ -45,19 +45,24 @@ class RelaxedSigns:
             for vectors in ([p.vector_a for p in parameters], [p.vector_b for p in parameters])
         )
 
-    def cores(self, d: Tensor) -> Tensor:
-        """R − I of every module, differentiable in d.
+    def cores(self, couplings: Tensor) -> Tensor:
+        """R − I of every module, differentiable in the couplings.
 
         Args:
-            d: … × modules × r, float32, each within [−1, 1].
+            couplings: dᵢ dⱼ, … × modules × r × r, float32 (`couplings` makes them).
 
         Returns:
             … × modules × r × r, float32.
         """
-        scaled = self._matrices * d[..., :, None] * d[..., None, :]
+        scaled = self._matrices * couplings
         if self._orthogonal:
             core = turned_by(scaled, self._series)
         else:
             core = torch.where(self._identity.bool(), self._matrices, scaled)
         turned = self._vector_b[:, :, None] * core * self._vector_a[:, None, :]
         return turned - self._identity
+
+
+def couplings(d: Tensor) -> Tensor:
+    """dᵢ dⱼ (… × r × r) of d (… × r): all that the rotations depend on."""
+    return d[..., :, None] * d[..., None, :]

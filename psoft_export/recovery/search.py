@@ -3,15 +3,16 @@
 Signs are ±1, and their number is in the hundreds or thousands, so they are first relaxed to
 d = tanh(s) and moved by gradients of the task's loss (`algebra.relaxed_signs`). Loss surfaces of
 this kind (products dᵢ dⱼ with couplings of either sign) have many local minima that differ in whole
-groups of signs. So the search goes in cycles: at the start of each the d of some layers, at first
-of all, are shrunk towards zero and grow again in what the others have become by then. In the second
-part of a cycle a penalty pulls every |d| to 1, more so from cycle to cycle: without it the sizes of
-d fit the text better than any signs do. (A penalty that grows is how AdaRound, arXiv 2004.10568,
-rounds weights.)
+groups of signs. So the search goes in cycles, at whose start d is near zero, and what several find
+is crossed, layer by layer. In the first half all layers move, from random signs or from what they
+were, shrunk. In the second some layers start from nothing beside the best signs so far, and a
+penalty pulls every |d| to 1; without it the sizes of d fit the text better than any signs do. (A
+penalty that grows is how AdaRound, arXiv 2004.10568, rounds weights.)
 
-What a flip costs is predicted for all signs at once: with aᵢ(x) the slope of the loss of example x
-along the flip of sign i, the cost is Σₓ aᵢ(x) + ½ Σₓ aᵢ(x)², whose second term is the empirical
-Fisher information in the place of the curvature. Where the prediction is small the flip is tried.
+What a flip costs is predicted for all signs, and for groups of a layer's, from one pass: with a(x)
+the slope of the loss of example x along a flip, the cost is Σₓ a(x) + ½ Σₓ a(x)², whose second term
+is the empirical Fisher information in the place of the curvature. Where the prediction is small the
+flip is tried.
 """
 
 import math
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from psoft_export.algebra.relaxed_signs import couplings
 from psoft_export.recovery.examples import Example
 from psoft_export.recovery.task_loss import TaskLoss
 
@@ -33,11 +35,16 @@ _PENALTY = 20.0  # nats for each d at zero, in the last cycle
 _FIRST_PART = 0.25  # of a cycle, without penalty
 _RATE_FALLS = 0.6  # of a cycle, before the rate goes down to zero
 _WARM_UP = 10  # steps
-_FREE_SHARE = 0.35  # of the cycles, in which all layers move, without penalty
+_FREE_SHARE = 0.5  # of the cycles, in which all layers move, without penalty
+_CYCLES_OF_START = 2  # of each random start
 _FEW_LAYERS = 0.3  # share that starts from nothing in the later cycles
 _BETAS = (0.9, 0.99)
-_TRIED = 32  # flips a round of the polish
+_TRIED = 48  # flips a round of the polish
+_SCREENED = 3  # of so many examples one tells whether a flip is worth running the others
 _ROUNDS = 6
+_FEW_KEPT = 2  # flips of a round, after which the next is not worth it
+_SLOPES_BYTES = 2**29  # for the slopes along flips
+_FEWEST_SLOPES = 16  # examples
 
 
 @dataclass(frozen=True)
@@ -69,19 +76,18 @@ class Step:
         step: steps done.
         loss: of the last batch, in nats a target.
         undecided: share of d within [−½, ½].
-        moved: share of signs that the last whole cycle changed; None in the first.
     """
 
     step: int
     loss: float
     undecided: float
-    moved: float | None
 
 
 class SignSearch:
     """The search for the signs of one adapter's modules.
 
     Attributes:
+        cycles: how many are planned.
         state: after the last cycle.
         steps: gradient steps done.
     """
@@ -95,6 +101,7 @@ class SignSearch:
         cycles: int,
         rows: int,
         seed: int,
+        starts_anew: bool = False,
         state: SearchState | None = None,
     ) -> None:
         """Prepare; runs nothing but the loss at the start.
@@ -102,21 +109,25 @@ class SignSearch:
         Args:
             loss: the task's loss.
             examples: what is searched on.
-            start: signs to start from (±1, modules × r).
+            start: what to start from (modules × r): ±1, or numbers of that size whose signs and
+                sizes are taken.
             cycles: of `CYCLE` steps each.
             rows: examples in a step.
             seed: of everything random.
+            starts_anew: whether the first half of the search is several searches from random
+                signs, of each layer of which the best is taken.
             state: where to go on, of a search with the same arguments.
         """
         self._loss = loss
         self._examples = examples
-        self._cycles = cycles
+        self.cycles = cycles
+        self._starts_anew = starts_anew
         self._rows = min(rows, len(examples))
         self._generator = torch.Generator().manual_seed(seed)
         if state is None:
-            signs, random = start.float(), self._generator.get_state()
+            signs, random = torch.where(start < 0, -1.0, 1.0), self._generator.get_state()
             lost = loss.losses(examples, signs).mean
-            state = SearchState(0, signs * math.atanh(_SHRUNK), signs, lost, 1.0, random)
+            state = SearchState(0, start.float() * _SHRUNK, signs, lost, 1.0, random)
         self._generator.set_state(state.generator)
         self._counted = float(loss.losses(examples, None).counts.sum())
         self.state = state
@@ -125,11 +136,7 @@ class SignSearch:
     @property
     def is_done(self) -> bool:
         """Whether every cycle is done."""
-        return self.state.cycle >= self._cycles
-
-    def replan(self, cycles: int) -> None:
-        """Go on to so many cycles in all."""
-        self._cycles = cycles
+        return self.state.cycle >= self.cycles
 
     def run_cycle(self, note: Callable[[Step], None]) -> SearchState:
         """One cycle; returns the state after it, which is also kept.
@@ -139,8 +146,7 @@ class SignSearch:
         """
         state = self.state
         if self._is_free(state.cycle):
-            shrunk = state.position.tanh() * _SHRUNK if state.cycle else state.position
-            position = self._grown(shrunk, 0.0, None, note)
+            position = self._grown(self._free_start(state), 0.0, None, note)
         else:
             # As many layers as can find their signs among those that stay.
             layers = torch.rand(len(state.best), generator=self._generator) < _FEW_LAYERS
@@ -202,8 +208,8 @@ class SignSearch:
         note: Callable[[Step], None],
     ) -> Tensor:
         """The position after one cycle of steps, in which only some layers may move."""
-        device, state = self._loss.device, self.state
-        position = start.to(device).requires_grad_(True)
+        device = self._loss.device
+        position = start.to(device, copy=True).requires_grad_(True)
         moving = torch.ones(len(start), 1) if layers is None else layers[:, None].float()
         moving = moving.to(device)
         moments = _LayerMoments(position)
@@ -214,7 +220,7 @@ class SignSearch:
                 order += drawn.tolist()
             batch = [self._examples[order.pop(0)] for _ in range(self._rows)]
             d = position.tanh()
-            sums, counts = self._loss.loss(batch, d)
+            sums, counts = self._loss.loss(batch, couplings(d))
             lost = sums.sum() / counts.sum()
             done = step / CYCLE
             rise = max(0.0, done - _FIRST_PART) / (1 - _FIRST_PART)
@@ -226,13 +232,20 @@ class SignSearch:
                 position -= rate * moving * moments.direction(slope)
             self.steps += 1
             undecided = float((d.detach().abs() < 0.5).float().mean())
-            moved = state.moved if state.cycle else None
-            note(Step(self.steps, float(lost.detach()), undecided, moved))
+            note(Step(self.steps, float(lost.detach()), undecided))
         return position.detach().cpu()
 
     def _is_free(self, cycle: int) -> bool:
         """Whether all layers move in a cycle."""
-        return cycle < _FREE_SHARE * self._cycles
+        return cycle < _FREE_SHARE * self.cycles
+
+    def _free_start(self, state: SearchState) -> Tensor:
+        """Where all layers start from: what they were, shrunk; or every so often from nothing."""
+        if state.cycle == 0:
+            return state.position
+        if state.cycle % _CYCLES_OF_START or not self._starts_anew:
+            return state.position.tanh() * _SHRUNK
+        return torch.randn(state.position.shape, generator=self._generator) * _SHRUNK
 
     def _from_nothing(self, signs: Tensor, layers: Tensor) -> Tensor:
         """A position at these signs, but for some layers, which are near zero at random."""
@@ -243,7 +256,7 @@ class SignSearch:
         signs = torch.where(position < 0, -1.0, 1.0)
         moved = 1 - agreement(signs, torch.where(state.position < 0, -1.0, 1.0))
         best, best_loss = state.best, state.best_loss
-        if self._is_free(state.cycle):
+        if self._is_free(state.cycle) and (state.cycle + 1) % _CYCLES_OF_START:
             lost = self._loss.losses(self._examples, signs).mean
             if lost < best_loss:
                 best, best_loss = signs, lost
@@ -294,31 +307,87 @@ def same_signs(signs: Tensor, others: Tensor) -> Tensor:
     return products * torch.where(products.sum(1, keepdim=True) < 0, -1.0, 1.0) > 0
 
 
-def flip_costs(
-    loss: TaskLoss, examples: Sequence[Example], signs: Tensor, rows: int
-) -> tuple[Tensor, Tensor]:
-    """What flipping each sign alone would cost on these examples, predicted.
+@dataclass(frozen=True)
+class FlipSlopes:
+    """How the loss changes along flips, for every example.
 
-    Args:
-        loss: the task's loss.
-        examples: what to predict for.
-        signs: ±1, modules × r, on any device.
-        rows: examples at a time.
+    A flip of the group C of one layer's signs negates the couplings between C and the rest. So
+    what is kept is the slope along the negation of each coupling, and a group's is their sum over
+    i in C and j outside.
 
-    Returns:
-        The cost in nats over all targets (modules × r, float64, CPU), and the slopes along each
-        flip (examples × modules × r, float32, CPU).
+    Attributes:
+        entries: of couplings ij and ji together (examples × modules × r × r, float32, CPU), in
+            nats; the diagonal is zero.
+        scale: what sums over these examples are multiplied by to stand for all.
     """
-    slopes = []
-    for first in range(0, len(examples), rows):
-        part = examples[first : first + rows]
-        d = signs.to(loss.device, torch.float32).repeat(len(part), 1, 1).requires_grad_(True)
-        sums, _ = loss.loss(part, d)
-        (slope,) = torch.autograd.grad(sums.sum(), d)
-        slopes.append((-2 * d.detach() * slope).cpu())
-    along = torch.cat(slopes)
-    exact = along.double()
-    return exact.sum(0) + exact.square().sum(0) / 2, along
+
+    entries: Tensor
+    scale: float
+
+    @classmethod
+    def at(
+        cls, loss: TaskLoss, examples: Sequence[Example], signs: Tensor, rows: int
+    ) -> "FlipSlopes":
+        """At some signs.
+
+        Args:
+            loss: the task's loss.
+            examples: what to predict for; of many, an even choice is run.
+            signs: ±1, modules × r.
+            rows: examples at a time.
+        """
+        modules, rank = signs.shape
+        most = max(_FEWEST_SLOPES, _SLOPES_BYTES // (4 * modules * rank * rank))
+        stride = -(-len(examples) // most)
+        chosen = examples[::stride]
+        here = couplings(signs.to(loss.device, torch.float32))
+        entries = []
+        for first in range(0, len(chosen), rows):
+            part = chosen[first : first + rows]
+            coupled = here.repeat(len(part), 1, 1, 1).requires_grad_(True)
+            sums, _ = loss.loss(part, coupled)
+            (slope,) = torch.autograd.grad(sums.sum(), coupled)
+            along = -2 * here * slope
+            both = along + along.transpose(-1, -2)
+            entries.append(both.masked_fill(torch.eye(rank, device=both.device).bool(), 0).cpu())
+        return cls(torch.cat(entries), len(examples) / len(chosen))
+
+    def costs(self) -> Tensor:
+        """What flipping each sign alone would cost, in nats over all targets (modules × r)."""
+        return self._predicted(self.entries.sum(-1).double(), 0)
+
+    def groups(self, layer: int) -> list[tuple[float, list[int]]]:
+        """Groups of one layer's signs that may be worth flipping together, with their costs.
+
+        Grown from each sign by the one that costs least, up to half of the layer; of each of these
+        growths the group of the lowest cost.
+        """
+        entries = self.entries[:, layer].permute(1, 2, 0).double()  # r × r × examples
+        rank = len(entries)
+        totals = entries.sum(1)  # r × examples: the slope of each sign alone
+        inside = torch.eye(rank, dtype=torch.bool)  # growths × r
+        linked = entries.clone()  # growths × r × examples: Σ of the couplings with the group
+        slopes = totals.clone()  # growths × examples
+        costs = self._predicted(slopes, 1)
+        best_costs, best = costs.clone(), inside.clone()
+        every = torch.arange(rank)
+        for _ in range(rank // 2 - 1):
+            grown = slopes[:, None] + totals[None] - 2 * linked
+            candidates = self._predicted(grown, 2).masked_fill(inside, math.inf)
+            costs, added = candidates.min(dim=1)
+            inside = inside.clone()
+            inside[every, added] = True
+            slopes = grown[every, added]
+            linked = linked + entries[added]
+            better = costs < best_costs
+            best_costs = torch.where(better, costs, best_costs)
+            best = torch.where(better[:, None], inside, best)
+        found = {tuple(best[i].nonzero()[:, 0].tolist()): float(best_costs[i]) for i in range(rank)}
+        return sorted((cost, list(members)) for members, cost in found.items())
+
+    def _predicted(self, slopes: Tensor, examples: int) -> Tensor:
+        """The cost of flips of these slopes, the examples being an extent of the tensor."""
+        return self.scale * (slopes.sum(examples) + slopes.square().sum(examples) / 2)
 
 
 @dataclass(frozen=True)
@@ -328,7 +397,8 @@ class Polished:
     Attributes:
         signs: ±1, modules × r, float32, CPU.
         costs: what flipping each costs the training examples, in nats over all their targets
-            (float64): measured where it was tried with these signs, else predicted.
+            (float64): measured where it was tried with these signs, on all or on a part of the
+            examples, else predicted.
         flipped: how many signs the polish changed.
         loss: what the training examples lose, in nats a target.
     """
@@ -348,9 +418,9 @@ def polish(
     *,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Polished:
-    """Flip single signs, and pairs of a layer, as long as the training examples lose less.
+    """Flip signs, alone and in groups of a layer, as long as the training examples lose less.
 
-    Those whose predicted cost is lowest are tried first.
+    What is predicted to cost least is tried first; each flip is measured before it is kept.
 
     Args:
         loss: the task's loss.
@@ -361,55 +431,59 @@ def polish(
         is_over: whether time is up; asked between flips.
     """
     signs = signs.clone()
-    total = loss.losses(examples, signs).sums.sum().item()
-    counted = loss.losses(examples, None).counts.sum().item()
-    flipped = 0
+    found = loss.losses(examples, signs)
+    sums, counted = found.sums, found.counts.sum().item()
+    some, others = examples[::_SCREENED], [e for i, e in enumerate(examples) if i % _SCREENED]
+    flipped, kept = 0, 1
     measured: dict[tuple[int, int], float] = {}
     costs = torch.zeros(signs.shape, dtype=torch.float64)
     for number in range(_ROUNDS):
-        costs, along = flip_costs(loss, examples, signs, rows)
-        moves = _moves(costs, along)
-        kept = 0
+        slopes = FlipSlopes.at(loss, examples, signs, rows)
+        costs, kept = slopes.costs(), 0
+        moves = _moves(slopes)
         for layer, members in moves:
             if is_over():
                 break
             signs[layer, members] *= -1
-            now = loss.losses(examples, signs).sums.sum().item()
-            if now < total:
-                total, kept = now, kept + 1
+            now = sums.clone()
+            now[::_SCREENED] = loss.losses(some, signs).sums
+            cost = _SCREENED * float((now - sums).sum())
+            if cost < SETTLED and others:
+                now[torch.arange(len(now)) % _SCREENED > 0] = loss.losses(others, signs).sums
+                cost = float((now - sums).sum())
+            if cost < 0:
+                sums, kept = now, kept + 1
                 flipped += len(members)
                 measured.clear()
             else:
                 signs[layer, members] *= -1
                 if len(members) == 1:
-                    measured[layer, members[0]] = now - total
-        note(f"polishing: round {number + 1}, {kept} of {len(moves)} flips kept")
-        if kept <= _TRIED // 16 or is_over():
+                    measured[layer, members[0]] = cost
+        note(
+            f"polishing: round {number + 1}, {kept} of {len(moves)} flips kept, loss "
+            f"{float(sums.sum()) / counted:.4g}"
+        )
+        if kept <= _FEW_KEPT or is_over():
             break
-    if not measured or kept:
-        costs, _ = flip_costs(loss, examples, signs, rows)
+    if kept:
+        costs = FlipSlopes.at(loss, examples, signs, rows).costs()
     for place, cost in measured.items():
         costs[place] = cost
-    return Polished(signs, costs, flipped, total / counted)
+    return Polished(signs, costs, flipped, float(sums.sum()) / counted)
 
 
-def _moves(costs: Tensor, along: Tensor) -> list[tuple[int, list[int]]]:
-    """Single flips, and pairs within a layer, that may lower the loss; the likeliest first.
-
-    A pair's slope is the sum of both, but for the entry of R that joins them, which stays.
-    """
-    rank = costs.shape[1]
-    single = costs.flatten().argsort()[:_TRIED]
-    moves = [(float(costs.flatten()[i]), int(i) // rank, [int(i) % rank]) for i in single]
-    for layer in range(len(costs)):
-        slopes = along[:, layer].double()
-        joint = costs[layer][:, None] + costs[layer][None, :] + slopes.T @ slopes
-        joint = joint.triu(1).masked_fill(torch.ones_like(joint).tril().bool(), math.inf)
-        for i in joint.flatten().argsort()[:2]:
-            first, second = int(i) // rank, int(i) % rank
-            # Worth trying where it promises more than either flip alone.
-            value = float(joint[first, second])
-            if value < min(0.0, float(costs[layer, first]), float(costs[layer, second])):
-                moves.append((value, layer, [first, second]))
+def _moves(slopes: FlipSlopes) -> list[tuple[int, list[int]]]:
+    """Flips that may lower the loss, as layer and signs; the likeliest first."""
+    moves: list[tuple[float, int, list[int]]] = []
+    for layer in range(slopes.entries.shape[1]):
+        tried: list[list[int]] = []
+        for cost, members in slopes.groups(layer):
+            # Groups of one layer that share signs are one idea; its likeliest is always tried,
+            # for a large turn is not what a slope and a curvature say of it.
+            if tried and cost >= SETTLED:
+                break
+            if not any(set(members) & set(other) for other in tried):
+                tried.append(members)
+                moves.append((cost, layer, members))
     moves.sort(key=lambda move: move[0])
-    return [(layer, members) for value, layer, members in moves if value < SETTLED][: 2 * _TRIED]
+    return [(layer, members) for _, layer, members in moves[:_TRIED]]

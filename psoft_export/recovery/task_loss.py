@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psoft_export.algebra.relaxed_signs import RelaxedSigns
+from psoft_export.algebra.relaxed_signs import RelaxedSigns, couplings
 from psoft_export.basis.svd import Basis
 from psoft_export.changes.subspace import added_by_rotation
 from psoft_export.recovery.examples import IGNORED, Example, Task, batches
@@ -76,28 +76,33 @@ class TaskLoss:
             self._stand_beside(model.get_submodule(path), number, basis, scaling)
         self.device = model.device
 
-    def loss(self, examples: Sequence[Example], d: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Loss of each example and number of its targets, differentiable in d.
+    def loss(self, examples: Sequence[Example], coupled: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each example and number of its targets, differentiable in the couplings.
 
         Args:
             examples: run at once.
-            d: modules × r; or for each example its own, examples × modules × r; None: the base.
+            coupled: dᵢ dⱼ (`algebra.relaxed_signs.couplings`), modules × r × r; or for each
+                example its own, examples × modules × r × r.
         """
         ((arguments, targets),) = batches(examples, self._pad, len(examples))
-        if d is not None:
-            cores = self.rotations.cores(d)
-            self._cores = cores.transpose(-1, -2)
+        self._cores = self.rotations.cores(coupled).transpose(-1, -2)
         try:
             return self._run(arguments, targets)
         finally:
             self._cores = None
 
     @torch.no_grad()
-    def losses(self, examples: Sequence[Example], d: Tensor | None) -> Losses:
-        """Of all examples; arguments as of `loss`, d of all of them and on any device."""
+    def losses(self, examples: Sequence[Example], signs: Tensor | None) -> Losses:
+        """Of all examples.
+
+        Args:
+            examples: any number.
+            signs: ±1, modules × r, on any device; None: the base.
+        """
         sums, counts = [], []
-        if d is not None:
-            self._cores = self.rotations.cores(d.to(self.device)).transpose(-1, -2)
+        if signs is not None:
+            coupled = couplings(signs.to(self.device, torch.float32))
+            self._cores = self.rotations.cores(coupled).transpose(-1, -2)
         try:
             for arguments, targets in batches(examples, self._pad, self._rows):
                 lost, count = self._run(arguments, targets)

@@ -1,0 +1,466 @@
+"""Recovering signs: the relaxation, the search, the verdict, and the way to a merged checkpoint."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import psoft_export
+from benchmarks.scrambled import random_signs, right_signs, scramble
+from psoft_export.adapters.basis_record import FILENAME, read_record
+from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
+from psoft_export.algebra.relaxed_signs import RelaxedSigns, couplings
+from psoft_export.algebra.rotation import conjugated, rotation
+from psoft_export.cli.main import run
+from psoft_export.errors import (
+    NotRecoveredError,
+    OutputError,
+    PartlyRecoveredError,
+    UnsupportedError,
+    UsageError,
+)
+from psoft_export.recovery import search as searching
+from psoft_export.recovery.readings import known_readings
+from psoft_export.recovery.search import SignSearch, agreement, polish, same_signs
+from psoft_export.recovery.state import StateFile
+from tests.conftest import BUNDLED, EXAMPLES
+from tests.machines import numpy_svd, pretend
+from tests.planted import Planted, plant
+
+STEPS = 240
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant(tmp_path_factory.mktemp("planted"))
+
+
+@pytest.fixture
+def signs(planted: Planted) -> dict[str, Tensor]:
+    return random_signs(planted.adapter, seed=3)
+
+
+@pytest.fixture
+def scrambled(planted: Planted, signs: dict[str, Tensor], tmp_path: Path) -> Path:
+    return scramble(planted.adapter, tmp_path / "scrambled", signs)
+
+
+FORMS: dict[str, Callable[[], RotationParameters]] = {
+    "strict": lambda: _parameters(),
+    "relaxed": lambda: _parameters(vectors=True),
+    "series": lambda: _parameters(series=CayleyNeumann(5)),
+    "bounded series": lambda: _parameters(series=CayleyNeumann(4, max_norm=0.3)),
+    "paper's series": lambda: _parameters(series=CayleyNeumann(3, convention="paper")),
+    "free": lambda: _parameters(free=True, vectors=True),
+}
+
+
+def _parameters(
+    *, series: CayleyNeumann | None = None, vectors: bool = False, free: bool = False
+) -> RotationParameters:
+    rank = 7
+    weight = torch.randn(rank, rank) if free else 0.3 * torch.randn(rank * (rank - 1) // 2)
+    a, b = (torch.rand(rank) + 0.5 if vectors else None for _ in range(2))
+    return RotationParameters(rank, weight, a, b, not free, series)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_at_signs_the_relaxation_is_the_rotation_in_the_other_basis(form: str) -> None:
+    parameters = [FORMS[form]() for _ in range(3)]
+    relaxed = RelaxedSigns(parameters, CPU)
+    d = torch.randint(2, (2, 3, 7)) * 2.0 - 1
+    cores = relaxed.cores(couplings(d))
+    for row in range(2):
+        for module in range(3):
+            expected = rotation(conjugated(parameters[module], d[row, module])) - torch.eye(7)
+            assert torch.allclose(cores[row, module].double(), expected, atol=2e-6)
+
+
+def test_without_signs_a_strict_rotation_is_the_identity() -> None:
+    relaxed = RelaxedSigns([_parameters()], CPU)
+    assert relaxed.cores(couplings(torch.zeros(1, 7))).abs().max() < 1e-7
+
+
+def test_agreement_knows_no_sign_of_a_whole_layer() -> None:
+    first = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, -1]])
+    second = first * torch.tensor([[-1.0], [1]])
+    assert agreement(first, second) == 1
+    second[0, 0] *= -1
+    assert same_signs(first, second)[0].tolist() == [False, True, True, True]
+    assert agreement(first, second) == 7 / 8
+
+
+class Couplings:
+    """A loss whose least is known: each example adds up how well couplings fit planted ones."""
+
+    def __init__(self, truth: Tensor, noise: float = 0.0) -> None:
+        self.truth = couplings(truth)
+        generator = torch.Generator().manual_seed(2)
+        # Small, as what one example says of one coupling is.
+        self.weights = 0.01 * (torch.rand(self.truth.shape, generator=generator) + 0.1)
+        self.noise = noise * torch.randn(30, *self.truth.shape, generator=generator)
+        self.device = CPU
+
+    def loss(self, examples: Any, coupled: Tensor) -> tuple[Tensor, Tensor]:
+        rows = coupled if coupled.ndim == 4 else coupled.expand(len(examples), *coupled.shape)
+        away = self.weights * (1 - rows * self.truth) + self.noise[list(examples)] * rows
+        return away.sum((1, 2, 3)), torch.ones(len(examples))
+
+    def losses(self, examples: Any, signs: Tensor | None) -> Any:
+        from psoft_export.recovery.task_loss import Losses
+
+        shape = self.truth.shape[:2]
+        coupled = couplings(signs if signs is not None else torch.zeros(shape))
+        sums, counts = self.loss(examples, coupled)
+        return Losses(sums.double(), counts.double())
+
+
+def test_the_search_finds_planted_signs_from_any_start() -> None:
+    truth = torch.randint(2, (4, 9)) * 2.0 - 1
+    loss: Any = Couplings(truth)
+    search = SignSearch(loss, range(30), torch.randn(4, 9), cycles=3, rows=5, seed=1)
+    losses = [search.state.best_loss]
+    while not search.is_done:
+        losses.append(search.run_cycle(lambda _: None).best_loss)
+    assert agreement(search.state.best, truth) == 1
+    assert losses == sorted(losses, reverse=True)
+    assert search.steps == 3 * searching.CYCLE
+
+
+def test_a_search_goes_on_where_it_was_and_repeats_by_its_seed(tmp_path: Path) -> None:
+    truth = torch.randint(2, (3, 8)) * 2.0 - 1
+    loss: Any = Couplings(truth, noise=0.003)
+    start = torch.randn(3, 8)
+
+    def whole(stop: int | None = None) -> SignSearch:
+        search = SignSearch(loss, range(30), start, cycles=4, rows=5, seed=1)
+        while not search.is_done and search.state.cycle != stop:
+            search.run_cycle(lambda _: None)
+        return search
+
+    file = StateFile(tmp_path, "00")
+    file.write(whole(2).state)
+    kept = file.read()
+    assert kept is not None
+    resumed = SignSearch(loss, range(30), start, cycles=4, rows=5, seed=1, state=kept)
+    while not resumed.is_done:
+        resumed.run_cycle(lambda _: None)
+    straight = whole()
+    assert torch.equal(resumed.state.position, straight.state.position)
+    assert torch.equal(resumed.state.best, straight.state.best)
+    assert resumed.steps == straight.steps
+    file.path.write_bytes(file.path.read_bytes()[:-7])
+    assert file.read() is None
+
+
+def test_layers_are_taken_from_whichever_search_has_them_right() -> None:
+    truth = torch.randint(2, (4, 9)) * 2.0 - 1
+    loss: Any = Couplings(truth)
+    first, second = truth.clone(), truth.clone()
+    first[0, :4] *= -1
+    second[2, 3:] *= -1
+    search = SignSearch(loss, range(30), first, cycles=1, rows=5, seed=1)
+    lost = loss.losses(range(30), first).mean
+    found, now = search.crossed(first, lost, second)
+    assert agreement(found, truth) == 1
+    assert now == loss.losses(range(30), truth).mean
+
+
+@pytest.mark.parametrize("wrong", [[2], [1, 5], [0, 3, 4, 8]])
+def test_the_polish_flips_signs_alone_and_in_groups(wrong: list[int]) -> None:
+    truth = torch.randint(2, (3, 12)) * 2.0 - 1
+    loss: Any = Couplings(truth, noise=0.0005)
+    # The wrong group holds together more strongly than it does with the rest.
+    for first in wrong:
+        for second in wrong:
+            loss.weights[1, first, second] = 0.05
+    signs = truth.clone()
+    signs[1, wrong] *= -1
+    found = polish(loss, range(30), signs, 6, lambda _: None)
+    assert agreement(found.signs, truth) == 1
+    assert found.flipped in (len(wrong), 12 - len(wrong))
+    assert (found.costs > 0).all()
+
+
+def recovered(planted: Planted, adapter: Path, **options: Any) -> psoft_export.RecoveryReport:
+    settings = {"window": 64, "steps": STEPS, "cache": False} | options
+    return psoft_export.recover(planted.base, adapter, planted.text, **settings)
+
+
+def test_scrambled_recovered_merged_and_verified(
+    planted: Planted, signs: dict[str, Tensor], scrambled: Path, tmp_path: Path
+) -> None:
+    report = recovered(planted, scrambled, random_start=True)
+    assert report.verdict == "recovered", report.reason
+    right = right_signs(planted.adapter, signs, dict(report.signs))
+    assert all(bool(layer.all()) for layer in right.values())
+    assert report.path == scrambled / FILENAME
+    assert report.loss < report.base_loss - 1
+    record = read_record(scrambled)
+    assert record is not None
+    assert record.recovered is not None
+    assert record.recovered.loss == report.loss
+    assert record.recovered.base_loss == report.base_loss
+    merged = psoft_export.merge(planted.base, scrambled, tmp_path / "merged", cache=False)
+    told = merged.manifest["basis"]["record"]
+    assert "signs recovered from data" in told["svd"]
+    assert told["recovered"]["loss"] == report.loss
+    wanted = psoft_export.merge(planted.base, planted.adapter, tmp_path / "wanted", cache=False)
+    ours, theirs = (load_file(m.output / "model.safetensors") for m in (merged, wanted))
+    for name in theirs:
+        assert torch.allclose(ours[name], theirs[name], atol=1e-5), name
+    verdict = psoft_export.verify(planted.base, scrambled, tmp_path / "merged", cache=False)
+    assert verdict.equivalent
+    assert verdict.basis["record"]["recovered"]["seed"] == 0
+
+
+def test_what_is_made_of_a_recovered_record_repeats_it(
+    planted: Planted, scrambled: Path, tmp_path: Path
+) -> None:
+    recovered(planted, scrambled)
+    full = tmp_path / "full"
+    psoft_export.convert(planted.base, scrambled, full, to="full", cache=False)
+    mark = read_record(scrambled)
+    again = read_record(full)
+    assert mark is not None
+    assert again is not None
+    assert again.recovered == mark.recovered
+    both = psoft_export.Combination({"new": scrambled, "old": planted.adapter}, "linear")
+    psoft_export.combine(planted.base, both, tmp_path / "both", cache=False)
+    combined = read_record(tmp_path / "both")
+    assert combined is not None
+    assert combined.recovered is not None
+    assert combined.recovered.adapter == "new"
+    assert "signs of 'new' recovered from data" in combined.summary
+    lora = psoft_export.to_lora(planted.base, scrambled, tmp_path / "lora", cache=False)
+    assert "recovered from data" in lora.manifest["basis"]["record"]["svd"]
+    assert "recovered from data" in str(psoft_export.inspect(scrambled).record)
+
+
+def test_training_by_another_library_needs_no_search(
+    planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as there:
+        pretend(numpy_svd, there)
+        elsewhere = tmp_path / "elsewhere"
+        psoft_export.convert(
+            planted.base, planted.adapter, elsewhere, to="this-machine", cache=False
+        )
+    (elsewhere / FILENAME).unlink()
+    report = recovered(planted, elsewhere)
+    assert report.verdict == "recovered", report.reason
+    assert report.start == "numpy"
+    assert report.steps == 3 * searching.CYCLE  # of the check alone
+    assert set(report.readings) == set(known_readings())
+
+
+def test_another_base_is_not_recovered(planted: Planted, scrambled: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(planted.base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    generator = torch.Generator().manual_seed(9)
+    for name, tensor in tensors.items():
+        if "proj" in name:
+            tensors[name] = 0.25 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    report = recovered(replace(planted, base=other), scrambled)
+    assert report.verdict != "recovered"
+    assert report.path is None
+    assert not (scrambled / FILENAME).exists()
+
+
+def test_random_text_is_not_recovered(planted: Planted, scrambled: Path, tmp_path: Path) -> None:
+    text = tmp_path / "random.txt"
+    drawn = torch.randint(32, 127, (3000,), generator=torch.Generator().manual_seed(4))
+    text.write_bytes(bytes(drawn.tolist()))
+    report = recovered(replace(planted, text=text), scrambled)
+    assert report.verdict == "not"
+    assert "not surely below the base's" in report.reason
+    with pytest.raises(NotRecoveredError, match="not recovered, so nothing was written") as caught:
+        report.require_recovered()
+    assert caught.value.exit_code == 16
+    assert caught.value.report is report
+
+
+def test_an_adapter_that_turns_nothing_has_nothing_to_recover(
+    planted: Planted, scrambled: Path
+) -> None:
+    tensors = load_file(scrambled / "adapter_model.safetensors")
+    still = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    save_file(still, scrambled / "adapter_model.safetensors", {"format": "pt"})
+    report = recovered(planted, scrambled)
+    assert report.verdict == "not"
+    assert "no sign matters" in report.reason
+    assert all(module.immaterial == module.rank for module in report.modules)
+
+
+def test_partly_has_its_own_exit_code(planted: Planted, scrambled: Path) -> None:
+    report = replace(recovered(planted, scrambled), verdict="partly", reason="signs are open")
+    with pytest.raises(PartlyRecoveredError, match=r"partly recovered.*signs are open") as caught:
+        report.require_recovered()
+    assert caught.value.exit_code == 15
+
+
+def test_it_repeats_by_its_seed(planted: Planted, scrambled: Path, tmp_path: Path) -> None:
+    copies = [shutil.copytree(scrambled, tmp_path / name) for name in ("one", "two")]
+    first, second = (recovered(planted, copy, random_start=True, seed=5) for copy in copies)
+    assert first.loss == second.loss
+    assert first.train_loss == second.train_loss
+    for module, found in first.signs.items():
+        assert torch.equal(found.sign, second.signs[module].sign)
+
+
+def test_an_interrupted_recovery_goes_on(planted: Planted, scrambled: Path, tmp_path: Path) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(text: str) -> None:
+        if "moved in cycle 1" in text:
+            notes.append("stopped")
+        elif notes:
+            raise StoppedError
+
+    notes: list[str] = []
+    options = {"random_start": True, "cache": True, "cache_dir": tmp_path / "cache"}
+    with pytest.raises(StoppedError):
+        recovered(planted, scrambled, note=stop, **options)
+    assert not (scrambled / FILENAME).exists()
+    told: list[str] = []
+    report = recovered(planted, scrambled, note=told.append, **options)
+    assert any("going on after 60 steps" in text for text in told)
+    assert report.verdict == "recovered", report.reason
+    assert not list((tmp_path / "cache" / "searches").iterdir())
+
+
+def test_a_time_limit_ends_it(planted: Planted, scrambled: Path) -> None:
+    report = recovered(planted, scrambled, steps=None, time_limit=3, random_start=True)
+    assert report.seconds < 60
+    assert report.steps >= 60
+
+
+def test_bfloat16_finds_the_same(
+    planted: Planted, signs: dict[str, Tensor], scrambled: Path
+) -> None:
+    report = recovered(planted, scrambled, dtype="bf16", random_start=True)
+    assert report.verdict == "recovered", report.reason
+    right = right_signs(planted.adapter, signs, dict(report.signs))
+    assert all(bool(layer.all()) for layer in right.values())
+
+
+@pytest.mark.gpu
+def test_cuda_finds_the_same(planted: Planted, signs: dict[str, Tensor], scrambled: Path) -> None:
+    report = recovered(planted, scrambled, device="cuda", dtype="fp32", random_start=True)
+    assert report.verdict == "recovered", report.reason
+    assert {"cuda", "cuda-gesvd", "cuda-gesvdj", "cuda-gesvda"} < set(report.readings)
+    right = right_signs(planted.adapter, signs, dict(report.signs))
+    assert all(bool(layer.all()) for layer in right.values())
+
+
+def test_the_record_goes_into_a_copy(planted: Planted, scrambled: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    report = recovered(planted, scrambled, output=target)
+    assert report.path == target / FILENAME
+    assert not (scrambled / FILENAME).exists()
+    assert psoft_export.load_adapter(target).record is not None
+
+
+def test_a_record_is_not_replaced_without_force(planted: Planted, tmp_path: Path) -> None:
+    adapter = shutil.copytree(planted.adapter, tmp_path / "adapter")
+    with pytest.raises(OutputError, match=r"there is a record already.*--force"):
+        recovered(planted, adapter)
+    assert recovered(planted, adapter, force=True).verdict == "recovered"
+
+
+def _change_config(adapter: Path, **fields: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_what_has_no_signs_to_recover_is_refused(
+    planted: Planted, scrambled: Path, tmp_path: Path
+) -> None:
+    _change_config(scrambled, psoft_svd="lowrank")
+    with pytest.raises(UnsupportedError, match="random projection"):
+        recovered(planted, scrambled)
+    with pytest.raises(UsageError, match=r"not a folder here.*--output"):
+        recovered(planted, Path("me/adapter"))
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "steps": ({"steps": 60}, "steps 60: at least 180 are needed"),
+    "both limits": ({"time_limit": 5.0}, "steps and time: give one of them"),
+    "time": ({"steps": None, "time_limit": -1.0}, "time -1: a number of seconds above 0"),
+    "batch": ({"batch": 0}, "batch 0: at least 1"),
+    "reading": ({"readings": ["scipy"]}, "reading 'scipy' is not one of cpu, cpu-float64"),
+    "output": ({"output": "adapter"}, "is the adapter itself; leave --output away"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_are_named(planted: Planted, scrambled: Path, case: str) -> None:
+    options, message = BAD[case]
+    if "output" in options:
+        options = {"output": scrambled}
+    with pytest.raises((UsageError, OutputError), match=message):
+        recovered(planted, scrambled, **options)
+
+
+def test_the_command_says_what_it_found(
+    planted: Planted, scrambled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ["--base", str(planted.base), "--adapter", str(scrambled), "--window", "64"]
+    command = ["recover", *shared, "--text", str(planted.text), "--steps", str(STEPS)]
+    assert run(command) == 0
+    told = capsys.readouterr()
+    assert "recovered: held-out loss" in told.out
+    assert f"signs record {scrambled / FILENAME}" in told.out
+    assert "recovering: step 20" in told.err
+    assert run(command) == OutputError.exit_code
+    assert run([*command, "--force", "--json", "--quiet"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "recovered"
+    assert report["path"] == str(scrambled / FILENAME)
+
+
+def test_a_merge_recovers_first(
+    planted: Planted, scrambled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "task.jsonl"  # examples of the length that the text was written in
+    whole = planted.text.read_text()
+    rows = [whole[first : first + 64] for first in range(0, len(whole), 64)]
+    text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    output = tmp_path / "merged"
+    command = ["merge", "--base", str(planted.base), "--adapter", str(scrambled)]
+    command += ["--output", str(output), "--recover-with", str(text)]
+    assert run([*command, "--dry-run"]) == UsageError.exit_code
+    assert run(command) == 0
+    assert (scrambled / FILENAME).exists()
+    assert "recovered from data" in capsys.readouterr().out
+    assert run([*command, "--overwrite"]) == 0  # with the record that there is now
+    text.write_text("".join(json.dumps({"text": "zzzz"}) + "\n" for _ in range(20)))
+    (scrambled / FILENAME).unlink()
+    shutil.rmtree(output)
+    assert run(command) == NotRecoveredError.exit_code
+    assert not output.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUNDLED)
+def test_the_bundled_adapters_signs_are_those_recorded(name: str, tmp_path: Path) -> None:
+    """From the signs of this machine's own SVD, which trained them up to a few."""
+    corpora = pytest.importorskip("examples.corpora")
+    text = tmp_path / "task.txt"
+    text.write_text(corpora.CORPORA[name]().train[:16384])
+    adapter = EXAMPLES / "adapters" / name
+    here = {m: torch.ones(s.rank) for m, s in psoft_export.load_adapter(adapter).rotations.items()}
+    scrambled = scramble(adapter, tmp_path / "adapter", here)
+    report = psoft_export.recover(EXAMPLES / "base", scrambled, text, steps=180, cache=False)
+    right = right_signs(adapter, here, dict(report.signs))
+    assert torch.cat(list(right.values())).float().mean() > 0.98
