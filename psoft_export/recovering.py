@@ -481,15 +481,15 @@ class _Run:
         """The signs polished, and the share of what the data say of them that is found again.
 
         Half of the layers starts from nothing beside the other half, and the other way round; then
-        once more those that were not found again. What is found so and loses less takes the place
-        of what was there.
+        once more the quarter that was found again least. What is found so and loses less takes the
+        place of what was there.
         """
         polished = self._polished(signs)
         again = torch.zeros(signs.shape, dtype=torch.bool)
         evens = torch.arange(len(signs)) % 2 == 0
         for part in (evens, ~evens, None):
-            # The last time those that were not; a start from nothing may miss what is there.
-            layers = ~again.all(dim=1) if part is None else part
+            # A start from nothing may miss what is there: the worst get another.
+            layers = _least_found(polished, again) if part is None else part
             self._tell(f"checking: {int(layers.sum())} of {len(layers)} layers from nothing")
             other = search.found_again(polished.signs, layers, self._note)
             again[layers] |= same_signs(polished.signs, other)[layers]
@@ -497,7 +497,7 @@ class _Run:
             if lost < polished.loss:
                 again &= same_signs(polished.signs, better)
                 polished = self._polished(better)
-        evidence = polished.costs.clamp(0, _MOST_EVIDENCE)
+        evidence = _evidence(polished)
         together = float(evidence.sum())
         returned = float((evidence * again).sum()) / together if together else 0.0
         self._tell(f"found again: {returned:.1%}")
@@ -518,6 +518,20 @@ class _Run:
             f"recovering: step {step.step}, loss {step.loss:.4g}, {step.undecided:.0%} of the "
             "signs undecided"
         )
+
+
+def _evidence(polished: Polished) -> Tensor:
+    """What the data say of each sign, in nats; beyond a limit more says no more."""
+    return polished.costs.clamp(0, _MOST_EVIDENCE)
+
+
+def _least_found(polished: Polished, again: Tensor) -> Tensor:
+    """The layers of which least was found again, at most a quarter (bool)."""
+    evidence = _evidence(polished)
+    shares = (evidence * again).sum(1) / evidence.sum(1).clamp_min(1e-9)
+    layers = torch.zeros(len(shares), dtype=torch.bool)
+    layers[shares.argsort()[: max(1, len(shares) // 4)]] = True
+    return layers
 
 
 def _opened(

@@ -394,7 +394,7 @@ def test_what_has_no_signs_to_recover_is_refused(
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "steps": ({"steps": 60}, "steps 60: at least 180 are needed"),
+    "steps": ({"steps": 60}, "steps 60: at least 240 are needed"),
     "both limits": ({"time_limit": 5.0}, "steps and time: give one of them"),
     "time": ({"steps": None, "time_limit": -1.0}, "time -1: a number of seconds above 0"),
     "batch": ({"batch": 0}, "batch 0: at least 1"),
@@ -444,7 +444,9 @@ def test_a_merge_recovers_first(
     assert (scrambled / FILENAME).exists()
     assert "recovered from data" in capsys.readouterr().out
     assert run([*command, "--overwrite"]) == 0  # with the record that there is now
-    text.write_text("".join(json.dumps({"text": "zzzz"}) + "\n" for _ in range(20)))
+    drawn = torch.randint(32, 127, (40, 64), generator=torch.Generator().manual_seed(4))
+    rows = [bytes(row.tolist()).decode() for row in drawn]
+    text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     (scrambled / FILENAME).unlink()
     shutil.rmtree(output)
     assert run(command) == NotRecoveredError.exit_code

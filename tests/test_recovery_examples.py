@@ -18,7 +18,7 @@ from tests.conftest import EXAMPLES
 from tests.models import FAMILIES, MINILM
 
 BASE = EXAMPLES / "base"
-TEXT = "The quick brown fox jumps over the lazy dog. " * 60
+TEXT = " ".join(f"The quick brown fox jumps over {n} lazy dogs." for n in range(60))
 LINES = [{"text": f"line {number} of a text"} for number in range(12)]
 
 
@@ -79,13 +79,13 @@ def test_a_sequence_to_sequence_model_reads_pairs_or_halves(tmp_path: Path) -> N
     config = FAMILIES["t5"].config()
     config.vocab_size, config.eos_token_id = 300, 1
     skeleton = Skeleton(transformers.T5ForConditionalGeneration, config)
-    rows = [{"prompt": "abc", "completion": "de"}] * 10
+    rows = [{"prompt": "abc", "completion": f"{n}e"} for n in range(10)]
     found = read_examples(written(tmp_path / "a.jsonl", rows), skeleton, BASE)
     example = found.train[0]
     assert example.inputs["input_ids"].tolist() == [*b"abc"]
-    assert example.targets.tolist() == [*b"de", 1]
+    assert example.targets.tolist() == [*b"0e", 1]
     start = config.pad_token_id
-    assert example.inputs["decoder_input_ids"].tolist() == [start, *b"de"]
+    assert example.inputs["decoder_input_ids"].tolist() == [start, *b"0e"]
     text = tmp_path / "a.txt"
     text.write_text(TEXT)
     example = read_examples(text, skeleton, BASE, window=64).train[0]
@@ -130,7 +130,7 @@ def test_labels_are_names_or_numbers(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_head_of_one_number_takes_numbers(tmp_path: Path) -> None:
-    rows = [{"text": "a", "text_pair": "b", "label": n / 4} for n in range(10)]
+    rows = [{"text": f"a{n}", "text_pair": "b", "label": n / 4} for n in range(10)]
     skeleton = bert("SequenceClassification", num_labels=1)
     found = read_examples(written(tmp_path / "a.jsonl", rows), skeleton, MINILM)
     assert found.train[1].targets == 0.25
@@ -178,7 +178,7 @@ def test_rows_of_several_lengths_are_padded(tmp_path: Path) -> None:
 BAD: dict[str, tuple[str, str, str]] = {
     "nothing": ("a.txt", "", "holds no text"),
     "short": ("a.txt", "abc", "has 3 tokens, fewer than one window of 256"),
-    "few": ("a.txt", TEXT[:1000], "gives 3 examples; at least 10 are needed"),
+    "few": ("a.txt", TEXT[:1000], "gives 3 different examples; at least 10 are needed"),
     "not JSON": ("a.jsonl", "{", r"line 1: is not JSON"),
     "no object": ("a.jsonl", "[1]", "line 1: is not a JSON object"),
     "no text": ("a.jsonl", '{"label": 1}', "has no 'text', 'messages', or 'prompt'"),

@@ -141,13 +141,19 @@ def _classes(mapping: Any) -> Iterator[type]:
 
 
 def _in_two(task: Task, made: list[Example], path: Path, words: str) -> Examples:
+    # What is held out must not be what is searched on.
+    made = list({_content(example): example for example in made}.values())
     if len(made) < FEWEST:
         raise UsageError(
-            f"{path}: gives {len(made)} examples; at least {FEWEST} are needed, for one in "
-            f"{_HELD_OUT_EVERY} is held out; give more, or shorter ones (--window)"
+            f"{path}: gives {len(made)} different examples; at least {FEWEST} are needed, for one "
+            f"in {_HELD_OUT_EVERY} is held out; give more, or shorter ones (--window)"
         )
     train = tuple(e for i, e in enumerate(made) if i % _HELD_OUT_EVERY != _HELD_OUT_EVERY - 1)
     return Examples(task, train, tuple(made[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]), words)
+
+
+def _content(example: Example) -> tuple[bytes, ...]:
+    return tuple(tensor.numpy().tobytes() for tensor in (*example.inputs.values(), example.targets))
 
 
 class _Labels:
