@@ -31,6 +31,7 @@ from benchmarks.scrambled import random_signs, right_signs, scramble
 from psoft_export.adapters.adapter import SubspaceAdapter
 from psoft_export.adapters.basis_record import write_record
 from psoft_export.basis.signs import signs_at
+from psoft_export.recovery.search import SETTLED
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -67,6 +68,7 @@ class Result:
         case: which.
         verdict: of `recover`.
         right: share of all signs that are right, each layer up to its sign as a whole.
+        right_settled: share of those that the data settle.
         loss: on held-out text of the task, in nats a byte, with the signs found.
         true_loss: with the true signs.
         base_loss: of the base.
@@ -79,6 +81,7 @@ class Result:
     case: Case
     verdict: str
     right: float
+    right_settled: float
     loss: float
     true_loss: float
     base_loss: float
@@ -130,6 +133,7 @@ def measured(case: Case, work: Path) -> Result:
     )
     seconds = time.monotonic() - began
     right = torch.cat(list(right_signs(original, planted, dict(report.signs)).values()))
+    settled = torch.cat(list(report.evidence.values())) >= SETTLED
     known = psoft_export.load_adapter(original).record
     assert known is not None
     shapes = {module: known.base[module].shape for module in report.signs}
@@ -143,6 +147,7 @@ def measured(case: Case, work: Path) -> Result:
         case=case,
         verdict=report.verdict,
         right=float(right.float().mean()),
+        right_settled=float(right[settled].float().mean()),
         base_loss=losses[0],
         true_loss=losses[1],
         loss=losses[2],
@@ -172,15 +177,16 @@ def _planted(case: Case, adapter: Path) -> dict[str, Tensor]:
 
 def _rows(results: list[Result]) -> Iterator[str]:
     yield (
-        "| adapter | signs | text, KB | steps | seed | verdict | right | base | true signs | found "
-        "| above true | found again | settled | minutes | memory, GB |"
+        "| adapter | signs | text, KB | steps | seed | verdict | right | right of settled | "
+        "base | true signs | found | above true | found again | settled | minutes | memory, GB |"
     )
-    yield "| --- | --- | --: | --: | --: | --- |" + " --: |" * 9
+    yield "| --- | --- | --: | --: | --: | --- |" + " --: |" * 10
     for r in results:
         c = r.case
         yield (
             f"| `{c.adapter}` | {c.start} | {c.kilobytes} | {c.steps} | {c.seed} | {r.verdict} | "
-            f"{r.right:.1%} | {r.base_loss:.3f} | {r.true_loss:.3f} | {r.loss:.3f} | "
+            f"{r.right:.1%} | {r.right_settled:.1%} | "
+            f"{r.base_loss:.3f} | {r.true_loss:.3f} | {r.loss:.3f} | "
             f"{r.loss / r.true_loss - 1:.1%} | {r.returned:.1%} | {r.settled:.1%} | "
             f"{r.seconds / 60:.1f} | {r.peak_bytes / 1e9:.1f} |"
         )

@@ -128,6 +128,7 @@ class RecoveryReport:
         seconds: wall time.
         peak_bytes: largest memory of the process (on CUDA: of torch on the device).
         signs: module → the signs found, as a record would hold them, whatever the verdict.
+        evidence: module → what flipping each sign would cost the data, in nats (r, float64).
     """
 
     verdict: Verdict
@@ -147,11 +148,12 @@ class RecoveryReport:
     seconds: float
     peak_bytes: int
     signs: Mapping[str, SignRecord] = field(repr=False)
+    evidence: Mapping[str, Tensor] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as one JSON-ready object, `signs` apart."""
-        fields = asdict(replace(self, signs={}))
-        del fields["signs"]
+        """The report as one JSON-ready object, without what is kept of each sign."""
+        fields = asdict(replace(self, signs={}, evidence={}))
+        del fields["signs"], fields["evidence"]
         return fields | {"path": str(self.path) if self.path else None}
 
     def require_recovered(self) -> None:
@@ -319,6 +321,7 @@ def recover(
         seconds=time.monotonic() - began,
         peak_bytes=_peak_bytes(on),
         signs=signs,
+        evidence=dict(zip(found, outcome.polished.costs, strict=True)),
     )
 
 
