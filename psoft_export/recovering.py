@@ -48,6 +48,7 @@ from psoft_export.recovery.readings import Decompose, chosen_readings, read_sign
 from psoft_export.recovery.search import (
     CYCLE,
     SETTLED,
+    FlipSlopes,
     Polished,
     SearchState,
     SignSearch,
@@ -71,6 +72,7 @@ _ROWS = 16  # examples at a time where nothing is learnt
 _STEPS_BETWEEN_NOTES = 20
 _SURE = 3.0  # standard errors by which the held-out loss must be below the base's
 _RETURNED = 0.95  # of what the data say must come back from a fresh start
+_HOLDS = 0.8  # the same, of a start that may be right already
 _LEFT_OPEN = 0.02  # share of the gain that signs in doubt may cost in the mean
 _LEAST_GAIN = 1e-3  # of the base's loss: less is nothing that signs could be told by
 _RANDOM = "random"  # the name of a start that no SVD gave
@@ -412,7 +414,7 @@ class _Run:
         ended = None
         if kept is not None:
             self._tell(f"going on after {kept.cycle * CYCLE} steps of an interrupted search")
-        elif _is_below(at_start, base):
+        elif _is_below(at_start, base) and self._holds(search, signs):
             # One of the SVDs may have been training's own; then there is little to search.
             ended = self._checked(search, signs)
         if ended is None or ended[1] < _RETURNED:
@@ -479,6 +481,15 @@ class _Run:
                 left = (self._ends - time.monotonic()) / (time.monotonic() - began)
                 search.cycles = state.cycle + max(0, int(_SEARCH_SHARE * left))
         return search.state.best
+
+    def _holds(self, search: SignSearch, signs: Tensor) -> bool:
+        """Whether half of the layers find their signs again from nothing, more or less."""
+        self._tell("checking the start: half of the layers from nothing")
+        evens = torch.arange(len(signs)) % 2 == 0
+        again = same_signs(signs, search.found_again(signs, evens, self._note))[evens]
+        slopes = FlipSlopes.at(self._loss, self._examples.train, signs, self._batch)
+        evidence = slopes.costs().clamp(0, _MOST_EVIDENCE)[evens]
+        return float((evidence * again).sum()) >= _HOLDS * float(evidence.sum())
 
     def _checked(self, search: SignSearch, signs: Tensor) -> tuple[Polished, float]:
         """The signs polished, and the share of what the data say of them that is found again.

@@ -30,8 +30,17 @@ class Planted:
     text: Path
 
 
-def plant(folder: Path, *, windows: int = 60, length: int = 64, **options: object) -> Planted:
-    """Make base, adapter and text."""
+def plant(
+    folder: Path, *, windows: int = 60, length: int = 64, equal: str | None = None
+) -> Planted:
+    """Make base, adapter and text.
+
+    Args:
+        folder: to write.
+        windows: of the text.
+        length: of each, in tokens.
+        equal: name of a weight whose first two singular values are made equal.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=48,
@@ -48,11 +57,16 @@ def plant(folder: Path, *, windows: int = 60, length: int = 64, **options: objec
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.25)
+        if equal is not None:
+            weight = model.get_parameter(equal)
+            left, values, right = torch.linalg.svd(weight, full_matrices=False)
+            values[1] = values[0]
+            weight.copy_(left * values @ right)
     model.save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(EXAMPLES / "base").save_pretrained(folder / "base")
-    chosen = {"r": 6, "psoft_alpha": 6, "psoft_mag_a": False, "psoft_mag_b": False} | options
+    options = {"r": 6, "psoft_alpha": 6, "psoft_mag_a": False, "psoft_mag_b": False}
     adapted = get_peft_model(
-        model, PsoftConfig(task_type="CAUSAL_LM", target_modules=TARGETS, **chosen)
+        model, PsoftConfig(task_type="CAUSAL_LM", target_modules=TARGETS, **options)
     )
     perturb(adapted, 5)
     with torch.no_grad():

@@ -258,7 +258,7 @@ def test_training_by_another_library_needs_no_search(
     report = recovered(planted, elsewhere)
     assert report.verdict == "recovered", report.reason
     assert report.start == "numpy"
-    assert report.steps == 3 * searching.CYCLE  # of the check alone
+    assert report.steps == 4 * searching.CYCLE  # of the checks alone
     assert set(report.readings) == set(known_readings())
 
 
@@ -299,6 +299,18 @@ def test_an_adapter_that_turns_nothing_has_nothing_to_recover(
     assert report.verdict == "not"
     assert "no sign matters" in report.reason
     assert all(module.immaterial == module.rank for module in report.modules)
+
+
+def test_vectors_that_no_sign_pins_down_are_out_of_reach(tmp_path: Path) -> None:
+    module = "model.layers.1.self_attn.o_proj"
+    task = plant(tmp_path / "task", equal=f"{module}.weight")
+    (task.adapter / FILENAME).unlink()
+    report = recovered(task, task.adapter)
+    reach = {found.module: found.out_of_reach for found in report.modules}
+    assert {name: count for name, count in reach.items() if count} == {module: 2}
+    for found in report.modules:
+        classes = (found.settled, found.immaterial, found.in_doubt, found.out_of_reach)
+        assert sum(classes) == found.rank
 
 
 def test_partly_has_its_own_exit_code(planted: Planted, scrambled: Path) -> None:
