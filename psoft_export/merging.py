@@ -10,7 +10,6 @@ import torch
 from psoft_export.adapters.adapter import NeumannTerms, SubspaceAdapter
 from psoft_export.adapters.combination_file import read_combination
 from psoft_export.adapters.files import named_base
-from psoft_export.adapters.kinds import load_adapter
 from psoft_export.algebra.merged_weight import product_error_bound
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.bases import BasisFinder
@@ -40,7 +39,7 @@ from psoft_export.manifest import (
     manifest,
     source_record,
 )
-from psoft_export.opening import check_apart
+from psoft_export.opening import check_apart, open_plan
 from psoft_export.pipeline import ProgressCallback
 from psoft_export.plan import MergePlan
 from psoft_export.planner import Planner
@@ -152,7 +151,18 @@ def merge(
     store = open_cache(cache_dir) if cache else None
     check_target(Path(output).absolute(), overwrite=overwrite)
     if recover_with is not None:
-        _recover(base, adapter, recover_with, device, cache, cache_dir, token, note)
+        # Everything that can be refused is, before a search of minutes.
+        before = open_plan(
+            base,
+            _one_adapter(adapter),
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            labels=labels,
+            token=token,
+        )
+        check_apart(Path(output), before)
+        if before.adapter.needs_record and before.adapter.record is None:
+            _recover(base, adapter, recover_with, device, cache, cache_dir, token, note)
     plan = plan_merge(
         base,
         adapter,
@@ -183,6 +193,17 @@ def merge(
     )
 
 
+def _one_adapter(adapter: str | Path | Combination) -> str | Path:
+    """The adapter whose signs can be recovered.
+
+    Raises:
+        UsageError: it is a combination of several.
+    """
+    if isinstance(adapter, Combination):
+        raise UsageError("recover-with: is for one adapter; recover each before combining them")
+    return adapter
+
+
 def _recover(
     base: str | Path,
     adapter: str | Path | Combination,
@@ -193,23 +214,20 @@ def _recover(
     token: str | None,
     note: Callable[[str], None] | None,
 ) -> None:
-    """Recover the signs of an adapter that has no record; arguments and errors as of `merge`."""
+    """Recover the signs of an adapter; arguments and errors as of `merge`."""
     from psoft_export.recovering import recover  # loads transformers
 
-    if isinstance(adapter, Combination):
-        raise UsageError("recover-with: is for one adapter; recover each before combining them")
-    if load_adapter(adapter, token=token).record is not None:
-        return
-    recover(
+    found = recover(
         base,
-        adapter,
+        _one_adapter(adapter),
         data,
         device=device,
         cache=cache,
         cache_dir=cache_dir,
         token=token,
         note=note,
-    ).require_recovered()
+    )
+    found.require_recovered()
 
 
 def execute_merge(

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import resource
 import shutil
 import time
@@ -31,7 +32,7 @@ from psoft_export.basis.svd import Basis, basis_values
 from psoft_export.cache import BasisCache, open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES, parse_dtype
-from psoft_export.checkpoint.output import OutputFolder
+from psoft_export.checkpoint.output import OutputFolder, check_target
 from psoft_export.checkpoint.reader import file_sha256
 from psoft_export.device import choose_device
 from psoft_export.errors import (
@@ -47,6 +48,7 @@ from psoft_export.recovery.examples import Examples, read_examples
 from psoft_export.recovery.readings import Decompose, chosen_readings, read_signs
 from psoft_export.recovery.search import (
     CYCLE,
+    ROUNDS,
     SETTLED,
     FlipSlopes,
     Polished,
@@ -77,7 +79,7 @@ _LEFT_OPEN = 0.02  # share of the gain that signs in doubt may cost in the mean
 _LEAST_GAIN = 1e-3  # of the base's loss: less is nothing that signs could be told by
 _RANDOM = "random"  # the name of a start that no SVD gave
 _CHECKS = 3  # cycles of the check
-_SEARCH_SHARE = 0.7  # of a time limit, for the search; the rest for check and polish
+_SEARCH_SHARE = 0.5  # of a time limit, for the search; the rest for check and polish
 _MOST_EVIDENCE = 20.0  # nats of one sign that count in the check
 
 
@@ -251,9 +253,10 @@ def recover(
     began = time.monotonic()
     tell = note or (lambda _: None)
     _check_numbers(steps, time_limit, batch)
-    decompositions = chosen_readings(readings)
-    plan, loaded = _opened(base, adapter, output, force, token)
     on = choose_device(device)
+    decompositions = chosen_readings(readings, on)
+    asked_dtype = TORCH_DTYPES[parse_dtype(dtype)] if dtype is not None else None
+    plan, loaded = _opened(base, adapter, output, force, overwrite, token)
     loader = UnmergedLoader(plan)
     examples = read_examples(
         Path(text), loader.skeleton, tokenizer_folder(plan), labels=labels, window=window, seed=seed
@@ -262,7 +265,7 @@ def recover(
     plan = replace(plan, adapter=replace(loaded, record=None))
     found = _find_bases(plan, on, store, decompositions, tell)
     tell("recovering: loading the base")
-    compute = _compute_dtype(dtype, on, plan)
+    compute = asked_dtype or _compute_dtype(on, plan)
     model = loader.load({}, compute, on, attention=None).model
     rotations = [loaded.rotations[module] for module in found]
     loss = TaskLoss(
@@ -276,17 +279,8 @@ def recover(
     )
     data_sha256 = _data_sha256(Path(text))
     run = _Run(loss, examples, found, batch=batch, seed=seed, tell=tell)
-    options = (
-        steps,
-        time_limit,
-        random_start,
-        batch,
-        window,
-        seed,
-        str(compute),
-        list(labels or ()),
-    )
-    state = _state_file(store, loaded, found, data_sha256, options)
+    options = (steps, time_limit, random_start, batch, seed, compute, on, examples.digest)
+    state = _state_file(store, loaded, found, options)
     outcome = run.carry_out(steps, time_limit, random_start, state)
     modules = _judged(loaded, found, outcome)
     verdict, reason, settled = _verdict(outcome, modules)
@@ -302,7 +296,7 @@ def recover(
             settled,
             seed,
         )
-        path = _write(plan, loaded, found, signs, mark, output, overwrite)
+        path = _write(plan, loaded, found, signs, mark, on, output, overwrite)
     if state is not None:
         state.remove()
     return RecoveryReport(
@@ -415,9 +409,10 @@ class _Run:
         if kept is not None:
             self._tell(f"going on after {kept.cycle * CYCLE} steps of an interrupted search")
         elif _is_below(at_start, base) and self._holds(search, signs):
-            # One of the SVDs may have been training's own; then there is little to search.
-            ended = self._checked(search, signs)
-        if ended is None or ended[1] < _RETURNED:
+            # One of the SVDs may have been training's own, which says more than the data do.
+            ended = self._checked(search, signs, known=True)
+            search.offer(ended[0].signs, ended[0].loss)
+        if ended is None or not ended[1] >= _RETURNED:
             ended = self._checked(search, self._searched(search, state, time_limit))
         polished, returned = ended
         return _Outcome(
@@ -435,8 +430,9 @@ class _Run:
     def _start(self, random_start: bool) -> tuple[dict[str, float], str, Tensor]:
         """The loss at each reading, and name and signs of the start."""
         losses = {}
-        scored = self._examples.train[: 2 * _ROWS]
-        for name in next(iter(self._found.values())).signs:
+        train = self._examples.train
+        scored = train[:: max(1, len(train) // (2 * _ROWS))]  # labels may lie in order
+        for name in list(self._found.values())[-1].signs:  # one that failed is not among the last
             losses[name] = self._loss.losses(scored, self._read(name)).mean
             self._tell(f"loss at the signs of the SVD '{name}': {losses[name]:.4g}")
         if random_start or not losses:
@@ -475,11 +471,16 @@ class _Run:
                 f"{search.cycles}; the best lose {state.best_loss:.4g}"
             )
             if file is not None:
-                file.write(state)
+                try:
+                    file.write(state)
+                except OutputError as problem:  # as of the cache of bases: never stops a run
+                    self._tell(f"warning: the search cannot be kept: {problem}")
+                    file = None
             if time_limit is not None:
-                # As many cycles as fit, beside the check and the polish.
-                left = (self._ends - time.monotonic()) / (time.monotonic() - began)
-                search.cycles = state.cycle + max(0, int(_SEARCH_SHARE * left))
+                # As many cycles as fit before the check and the polish.
+                ends = self._ends - (1 - _SEARCH_SHARE) * time_limit
+                left = (ends - time.monotonic()) / (time.monotonic() - began)
+                search.cycles = state.cycle + max(0, int(left))
         return search.state.best
 
     def _holds(self, search: SignSearch, signs: Tensor) -> bool:
@@ -491,38 +492,45 @@ class _Run:
         evidence = slopes.costs().clamp(0, _MOST_EVIDENCE)[evens]
         return float((evidence * again).sum()) >= _HOLDS * float(evidence.sum())
 
-    def _checked(self, search: SignSearch, signs: Tensor) -> tuple[Polished, float]:
+    def _checked(
+        self, search: SignSearch, signs: Tensor, *, known: bool = False
+    ) -> tuple[Polished, float]:
         """The signs polished, and the share of what the data say of them that is found again.
 
         Half of the layers starts from nothing beside the other half, and the other way round; then
         once more the quarter that was found again least. What is found so and loses less takes the
-        place of what was there.
+        place of what was there. Of signs that are taken for known nothing is changed.
         """
-        polished = self._polished(signs)
+        polished = self._polished(signs, rounds=0 if known else ROUNDS)
         again = torch.zeros(signs.shape, dtype=torch.bool)
         evens = torch.arange(len(signs)) % 2 == 0
-        for part in (evens, ~evens, None):
+        for part in (evens, ~evens, None) if len(signs) > 1 else (evens,):
             # A start from nothing may miss what is there: the worst get another.
             layers = _least_found(polished, again) if part is None else part
             self._tell(f"checking: {int(layers.sum())} of {len(layers)} layers from nothing")
             other = search.found_again(polished.signs, layers, self._note)
             again[layers] |= same_signs(polished.signs, other)[layers]
+            if known:
+                continue
             better, lost = search.crossed(polished.signs, polished.loss, other)
             if lost < polished.loss:
-                again &= same_signs(polished.signs, better)
-                polished = self._polished(better)
+                before, polished = polished, self._polished(better)
+                again &= same_signs(before.signs, polished.signs)
         evidence = _evidence(polished)
         together = float(evidence.sum())
         returned = float((evidence * again).sum()) / together if together else 0.0
         self._tell(f"found again: {returned:.1%}")
         return polished, returned
 
-    def _polished(self, signs: Tensor) -> Polished:
-        def is_over() -> bool:
-            return time.monotonic() > self._ends
-
+    def _polished(self, signs: Tensor, rounds: int = ROUNDS) -> Polished:
         return polish(
-            self._loss, self._examples.train, signs, self._batch, self._tell, is_over=is_over
+            self._loss,
+            self._examples.train,
+            signs,
+            self._batch,
+            self._tell,
+            rounds=rounds,
+            is_over=lambda: time.monotonic() > self._ends,
         )
 
     def _note(self, step: Step) -> None:
@@ -549,7 +557,12 @@ def _least_found(polished: Polished, again: Tensor) -> Tensor:
 
 
 def _opened(
-    base: str | Path, adapter: str | Path, output: str | Path | None, force: bool, token: str | None
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path | None,
+    force: bool,
+    overwrite: bool,
+    token: str | None,
 ) -> tuple[MergePlan, SubspaceAdapter]:
     """The plan, and the adapter if its signs are what is unknown of it."""
     if output is None and not Path(adapter).expanduser().is_dir():
@@ -574,8 +587,15 @@ def _opened(
             f"{loaded.record.path}: there is a record already, perhaps of the training itself; "
             "--force searches all the same, and replaces it"
         )
-    if output is not None and Path(output).resolve() == loaded.source.folder.resolve():
+    folder = loaded.source.folder
+    if output is None:
+        if not os.access(folder, os.W_OK):
+            raise OutputError(f"{folder}: cannot be written; name a folder for a copy (--output)")
+        return plan, loaded
+    if Path(output).resolve() == folder.resolve():
         raise OutputError(f"{output}: is the adapter itself; leave --output away")
+    check_target(Path(output).absolute(), overwrite=overwrite)
+    check_apart(Path(output), plan)
     return plan, loaded
 
 
@@ -594,7 +614,7 @@ def _find_bases(
     plan: MergePlan,
     device: torch.device,
     cache: BasisCache | None,
-    decompositions: Mapping[str, Decompose],
+    decompositions: dict[str, Decompose],
     tell: Note,
 ) -> dict[str, _Known]:
     """Each module's basis, and what every decomposition says of its signs."""
@@ -610,14 +630,18 @@ def _find_bases(
             here = finder.find(tensor.module, weight.as_trained, weight.trained.sha256)
             assert here.basis is not None and here.next_value is not None
             basis = here.basis.to(cpu)
-            single = weight.as_trained.float()
+            single = weight.as_trained.to(device, torch.float32)
+            read = {n: read_signs(single, basis, options, d) for n, d in decompositions.items()}
+            for name in [name for name, signs in read.items() if signs is None]:
+                tell(f"the SVD '{name}' failed for '{tensor.module}', and is left away")
+                del decompositions[name]
             found[tensor.module] = _Known(
                 basis,
                 here.next_value,
                 weight.trained,
                 _rounding(weight.as_trained),
                 inseparable(basis_values(basis, options), here.next_value),
-                {n: read_signs(single, basis, options, d) for n, d in decompositions.items()},
+                {name: signs for name, signs in read.items() if signs is not None},
             )
             tell(f"reading signs: {number} of {len(plan.targets)} weights")
     return found
@@ -629,9 +653,7 @@ def _rounding(weight: Tensor) -> float:
     return math.sqrt(float(units.square().sum()) / 12)
 
 
-def _compute_dtype(asked: str | None, device: torch.device, plan: MergePlan) -> torch.dtype:
-    if asked is not None:
-        return TORCH_DTYPES[parse_dtype(asked)]
+def _compute_dtype(device: torch.device, plan: MergePlan) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     entry = plan.targets[0].entry
@@ -653,7 +675,6 @@ def _state_file(
     cache: BasisCache | None,
     adapter: SubspaceAdapter,
     found: Mapping[str, _Known],
-    data_sha256: str,
     options: Sequence[object],
 ) -> StateFile | None:
     """Where the search of these arguments is kept."""
@@ -661,21 +682,36 @@ def _state_file(
         return None
     said = [
         importlib.metadata.version("psoft-export"),
+        [_sign_bits(known.basis) for known in found.values()],
         sorted(adapter.sha256.items()),
         [(module, known.origin.sha256) for module, known in found.items()],
         [sorted(known.signs) for known in found.values()],
-        data_sha256,
         list(options),
     ]
     key = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
     return StateFile(cache.folder / "searches", key)
 
 
+def _sign_bits(basis: Basis) -> str:
+    """What tells two bases apart that differ in signs."""
+    return hashlib.sha256((basis.a > 0).numpy().tobytes()).hexdigest()
+
+
 def _is_below(losses: Losses, base: Losses) -> bool:
     """Whether a loss is below the base's, beyond what chance would do."""
     gains = (base.sums - losses.sums) / base.counts.mean()
     error = float(gains.std(correction=1)) / math.sqrt(len(gains))
-    return float(gains.mean()) > max(_SURE * error, _LEAST_GAIN * base.mean)
+    return float(gains.mean()) > max(_sure(len(gains)) * error, _LEAST_GAIN * base.mean)
+
+
+def _sure(count: int) -> float:
+    """Student's t where a normal variable has `_SURE`: the first terms of its expansion.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+    """
+    z, freedom = _SURE, count - 1
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / freedom + second / freedom**2
 
 
 def _judged(
@@ -734,14 +770,14 @@ def _verdict(outcome: _Outcome, modules: Sequence[RecoveredModule]) -> tuple[Ver
         return "not", why, share
     costs = outcome.polished.costs.abs()
     risk = float((costs / (1 + costs.exp())).sum()) / outcome.targets / (base - found)
-    if outcome.returned < _RETURNED:
+    if not outcome.returned >= _RETURNED:
         why = (
             f"only {outcome.returned:.1%} of what the data say of the signs was found again from "
             f"nothing ({_RETURNED:.0%} is needed), so whole groups may be wrong; give more data or "
             "more steps"
         )
         return "partly", why, share
-    if risk > _LEFT_OPEN:
+    if not risk <= _LEFT_OPEN:
         why = (
             f"{doubt} signs in doubt may cost {risk:.1%} of the gain ({_LEFT_OPEN:.0%} is the "
             "limit); give more data"
@@ -771,6 +807,7 @@ def _write(
     found: Mapping[str, _Known],
     signs: Mapping[str, SignRecord],
     mark: Recovery,
+    device: torch.device,
     output: str | Path | None,
     overwrite: bool,
 ) -> Path:
@@ -779,7 +816,7 @@ def _write(
     layers = [(module, known.origin, signs[module]) for module, known in found.items()]
 
     def write(folder: Path) -> Path:
-        svd = SvdDescription.of(options, torch.device("cpu"), torch.float32)
+        svd = SvdDescription.of(options, device, torch.float32)
         shapes = {module: known.origin.shape for module, known in found.items()}
         return write_record(folder, "signs", options.rank, svd, shapes, layers, mark)
 
@@ -787,7 +824,6 @@ def _write(
     if output is None:
         return write(source)
     target = Path(output)
-    check_apart(target, plan)
     files = [path for path in sorted(source.iterdir()) if path.is_file()]
     room = sum(path.stat().st_size for path in files) + companions.ROOM_BYTES
     with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:

@@ -140,11 +140,36 @@ def test_a_head_of_one_number_takes_numbers(tmp_path: Path) -> None:
         read_examples(written(tmp_path / "b.jsonl", rows), skeleton, MINILM)
 
 
+def test_what_repeats_counts_once(tmp_path: Path) -> None:
+    rows = [{"text": f"text {number % 11}"} for number in range(40)]
+    found = read_examples(written(tmp_path / "a.jsonl", rows), causal(), BASE)
+    assert len(every(found)) == 11
+    assert found.words == "11 windows of up to 256 tokens of a.jsonl"
+    rows = [{"text": "word " * (1 + number % 12)} for number in range(60)]
+    masked = read_examples(written(tmp_path / "b.jsonl", rows), bert("MaskedLM"), MINILM)
+    assert len(every(masked)) == 12
+
+
+def test_a_masked_window_leaves_room_for_its_ends(tmp_path: Path) -> None:
+    file = tmp_path / "task.txt"
+    file.write_text(TEXT)
+    skeleton = bert("MaskedLM", max_position_embeddings=40)
+    found = read_examples(file, skeleton, MINILM)
+    assert max(len(example.inputs["input_ids"]) for example in every(found)) == 38
+
+
+def test_of_a_long_file_the_last_row_of_the_first_mebibyte_is_left_away(tmp_path: Path) -> None:
+    rows = [{"text": f"{number:06d}" + "x" * 1000} for number in range(1100)]
+    found = read_examples(written(tmp_path / "a.jsonl", rows), causal(), BASE, window=1000)
+    assert 1000 < len(every(found)) < 2200
+
+
 def images(folder: Path, labels: Sequence[str] = ("0", "1")) -> Path:
     for label in labels:
         (folder / label).mkdir(parents=True)
         for number in range(6):
-            Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(folder / label / f"{number}.png")
+            colour = (40 * number, 40 * labels.index(label), 0)
+            Image.new("RGB", (32, 32), colour).save(folder / label / f"{number}.png")
     return folder
 
 
@@ -167,12 +192,13 @@ def test_images_lie_in_folders_named_by_their_labels(tmp_path: Path) -> None:
 
 
 def test_rows_of_several_lengths_are_padded(tmp_path: Path) -> None:
-    rows = [{"text": "a" * (number + 1)} for number in range(10)]
+    rows = [{"text": "a" * (number + 1)} for number in range(11)]  # the first predicts nothing
     found = read_examples(written(tmp_path / "a.jsonl", rows), causal(), BASE)
     arguments, targets = collate(found.train[:3], 258)
-    assert arguments["input_ids"].tolist() == [[97, 258, 258], [97, 97, 258], [97, 97, 97]]
-    assert arguments["attention_mask"].sum(1).tolist() == [1, 2, 3]
-    assert targets[0].tolist() == [97, IGNORED, IGNORED]
+    pads = [258, 258]
+    assert arguments["input_ids"].tolist() == [[97] * (2 + n) + pads[n:] for n in range(3)]
+    assert arguments["attention_mask"].sum(1).tolist() == [2, 3, 4]
+    assert targets[0].tolist() == [97, 97, IGNORED, IGNORED]
 
 
 BAD: dict[str, tuple[str, str, str]] = {

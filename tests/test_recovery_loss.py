@@ -11,6 +11,7 @@ from torch import Tensor
 import psoft_export
 from psoft_export.algebra.relaxed_signs import RelaxedSigns, couplings
 from psoft_export.bases import BasisFinder
+from psoft_export.errors import NonFiniteError
 from psoft_export.opening import open_plan
 from psoft_export.recovery.examples import IGNORED, Example
 from psoft_export.recovery.search import FlipSlopes
@@ -107,6 +108,15 @@ def test_it_is_the_loss_of_peft_and_of_the_base(
         bare = load_task_model(family, base)
         for example, lost in zip(examples, loss.losses(examples, None).sums.tolist(), strict=True):
             assert lost == pytest.approx(alone(bare, task, example), rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_it(llama: Path, tmp_path: Path) -> None:
+    adapter = save_adapter("llama", llama, tmp_path / "adapter")
+    psoft_export.record(llama, adapter, cache=False)
+    loss = task_loss("llama", llama, adapter)
+    loss._model.lm_head.weight.data[3] = float("inf")
+    with pytest.raises(NonFiniteError, match="the loss of an example is NaN or infinite"):
+        loss.losses(_sequences(), None)
 
 
 def test_each_example_may_have_signs_of_its_own(llama: Path, tmp_path: Path) -> None:

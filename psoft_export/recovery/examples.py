@@ -5,6 +5,7 @@ with the tokenizer or the image processor that base or adapter bring.
 """
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ FEWEST = 10  # examples: one in five is held out, and two say little
 _SHARE_MASKED = 0.15  # of the tokens of a masked model's example (BERT's share)
 _HELD_OUT_EVERY = 5
 _SPARE_POSITIONS = 2  # RoBERTa's first two are never a token's
+_ENDS = 2  # tokens around a masked model's window
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _TASKS: tuple[tuple[Task, Any], ...] = (
     ("causal", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -71,6 +73,16 @@ class Examples:
     held_out: tuple[Example, ...]
     words: str
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that the model is given and asked."""
+        digest = hashlib.sha256()
+        for example in (*self.train, *self.held_out):
+            for tensor in (*example.inputs.values(), example.targets):
+                digest.update(f"{tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
 
 def read_examples(
     path: Path,
@@ -111,17 +123,15 @@ def read_examples(
     if labels is not None and task not in ("classes", "images"):
         raise UsageError(f"labels: {skeleton.class_name} has no classes")
     if task == "images":
-        made = list(_image_examples(path, folder, _Labels(skeleton.config, labels)))
-        return _in_two(task, made, path, f"{len(made)} images of {path.name}")
+        made = _image_examples(path, folder, _Labels(skeleton.config, labels))
+        return _in_two(task, made, path, "images")
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; {skeleton.class_name} takes a file of text")
     reader = _TextReader(path, skeleton, folder, task, window, seed)
     if task == "classes":
-        made = list(reader.labelled(_Labels(skeleton.config, labels)))
-    else:
-        made = list(reader.unlabelled())
-    kind = "texts" if task == "classes" else f"windows of up to {reader.window} tokens"
-    return _in_two(task, made, path, f"{len(made)} {kind} of {path.name}")
+        return _in_two(task, reader.labelled(_Labels(skeleton.config, labels)), path, "texts")
+    kind = f"windows of up to {reader.window} tokens"
+    return _in_two(task, reader.unlabelled(), path, kind)
 
 
 def _task_of(skeleton: Skeleton) -> Task:
@@ -140,20 +150,35 @@ def _classes(mapping: Any) -> Iterator[type]:
         yield from found if isinstance(found, (tuple, list)) else (found,)
 
 
-def _in_two(task: Task, made: list[Example], path: Path, words: str) -> Examples:
-    # What is held out must not be what is searched on.
-    made = list({_content(example): example for example in made}.values())
-    if len(made) < FEWEST:
+def _in_two(task: Task, made: Iterable[Example], path: Path, kind: str) -> Examples:
+    # What is held out must not be what is searched on, so what repeats counts once.
+    different = list({_content(task, e): e for e in made if _has_targets(task, e)}.values())
+    if len(different) < FEWEST:
         raise UsageError(
-            f"{path}: gives {len(made)} different examples; at least {FEWEST} are needed, for one "
-            f"in {_HELD_OUT_EVERY} is held out; give more, or shorter ones (--window)"
+            f"{path}: gives {len(different)} different examples; at least {FEWEST} are needed, for "
+            f"one in {_HELD_OUT_EVERY} is held out; give more, or shorter ones (--window)"
         )
-    train = tuple(e for i, e in enumerate(made) if i % _HELD_OUT_EVERY != _HELD_OUT_EVERY - 1)
-    return Examples(task, train, tuple(made[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]), words)
+    last = _HELD_OUT_EVERY - 1
+    return Examples(
+        task,
+        tuple(e for i, e in enumerate(different) if i % _HELD_OUT_EVERY != last),
+        tuple(different[last::_HELD_OUT_EVERY]),
+        f"{len(different)} {kind} of {path.name}",
+    )
 
 
-def _content(example: Example) -> tuple[bytes, ...]:
-    return tuple(tensor.numpy().tobytes() for tensor in (*example.inputs.values(), example.targets))
+def _has_targets(task: Task, example: Example) -> bool:
+    targets = example.targets[1:] if task == "causal" else example.targets
+    return not targets.ndim or bool((targets != IGNORED).any())
+
+
+def _content(task: Task, example: Example) -> tuple[bytes, ...]:
+    """What the example is, whatever is asked of it."""
+    inputs = dict(example.inputs)
+    if task == "masked":
+        hidden = example.targets != IGNORED
+        inputs["input_ids"] = torch.where(hidden, example.targets, inputs["input_ids"])
+    return tuple(tensor.numpy().tobytes() for tensor in inputs.values())
 
 
 class _Labels:
@@ -177,9 +202,12 @@ class _Labels:
         """
         if self.is_number:
             try:
-                return torch.tensor(float(label))
+                number = torch.tensor(float(label))
             except (TypeError, ValueError) as cause:
                 raise UsageError(f"{where}: label {label!r} is not a number") from cause
+            if not number.isfinite():
+                raise UsageError(f"{where}: label {label!r} is not a finite number")
+            return number
         if str(label) in self._names:
             return torch.tensor(self._names.index(str(label)))
         is_index = str(label).isdecimal() and not isinstance(label, bool)
@@ -212,7 +240,7 @@ class _TextReader:
         self._start = decoder_start_token(config)
         self._end = getattr(config, "eos_token_id", None)
         self._generator = torch.Generator().manual_seed(seed)
-        self.window = _window(config, window)
+        self.window = _window(config, window, _ENDS if task == "masked" else 0)
 
     def unlabelled(self) -> Iterator[Example]:
         """Examples for a model that predicts tokens."""
@@ -330,10 +358,10 @@ class _TextReader:
 _TOKEN_ARGUMENTS = ("input_ids", "token_type_ids")
 
 
-def _window(config: Any, asked: int | None) -> int:
-    """How many tokens an example has at most."""
+def _window(config: Any, asked: int | None, ends: int) -> int:
+    """How many tokens an example has at most, beside those at its ends."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(2, most - _SPARE_POSITIONS) if most else None
+    longest = max(2, most - _SPARE_POSITIONS - ends) if most else None
     if asked is None:
         return min(WINDOW, longest or WINDOW)
     if asked < 2 or (longest is not None and asked > longest):
@@ -344,7 +372,7 @@ def _window(config: Any, asked: int | None) -> int:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each row of a JSONL file is, and the row."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, whole_lines=True).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
@@ -359,12 +387,15 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each row of a CSV file with a header is, and the row."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    missing = {"text", "label"} - set(reader.fieldnames or ())
-    if missing:
-        raise UsageError(f"{path}: its header has no column '{min(missing)}'")
-    for row in reader:
-        yield f"{path}: line {reader.line_num}", row
+    reader = csv.DictReader(io.StringIO(read_text(path, whole_lines=True), newline=""))
+    try:
+        missing = {"text", "label"} - set(reader.fieldnames or ())
+        if missing:
+            raise UsageError(f"{path}: its header has no column '{min(missing)}'")
+        for row in reader:
+            yield f"{path}: line {reader.line_num}", row
+    except csv.Error as cause:
+        raise UsageError(f"{path}: line {reader.line_num}: {cause}") from cause
 
 
 def _field(row: Mapping[str, Any], name: str, where: str, wanted: str = "") -> str:

@@ -37,7 +37,7 @@ def _numpy(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _on_cuda(driver: str | None) -> Decompose:
-    return lambda weight: _svd(weight.cuda(), driver)
+    return lambda weight: _svd(weight, driver)
 
 
 def _svd(weight: Tensor, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,37 +59,42 @@ _ON_CUDA: dict[str, Decompose] = {
 }
 
 
-def known_readings() -> dict[str, Decompose]:
-    """The decompositions of this machine, by name."""
-    return _ON_CPU | (_ON_CUDA if torch.cuda.is_available() else {})
+def known_readings(device: torch.device) -> dict[str, Decompose]:
+    """The decompositions that a run on a device can do, by name."""
+    return _ON_CPU | (_ON_CUDA if device.type == "cuda" else {})
 
 
-def chosen_readings(names: Sequence[str] | None) -> dict[str, Decompose]:
+def chosen_readings(names: Sequence[str] | None, device: torch.device) -> dict[str, Decompose]:
     """Those of these names, or all.
 
     Raises:
-        UsageError: this machine has none of such a name.
+        UsageError: a run on this device has none of such a name.
     """
-    known = known_readings()
+    known = known_readings(device)
     for name in names or ():
         if name not in known:
             raise UsageError(f"reading '{name}' is not one of {', '.join(known)}")
     return {name: known[name] for name in names} if names is not None else known
 
 
-def read_signs(weight: Tensor, basis: Basis, options: BasisOptions, decompose: Decompose) -> Tensor:
+def read_signs(
+    weight: Tensor, basis: Basis, options: BasisOptions, decompose: Decompose
+) -> Tensor | None:
     """The signs of a decomposition's vectors against those of a basis of the same weight.
 
     Args:
-        weight: W, out × in, float32, on any device.
+        weight: W, out × in, float32, on the device of the run.
         basis: A and B.
         options: how they are scaled.
         decompose: gives U, the singular values and Vᵀ of W.
 
     Returns:
-        ±1 (r, float32, CPU).
+        ±1 (r, float32, CPU); None where the decomposition failed.
     """
-    left, values, right = decompose(weight)
+    try:
+        left, values, right = decompose(weight)
+    except (RuntimeError, np.linalg.LinAlgError):  # torch's errors of solvers and of memory
+        return None
     triplets = Triplets(left, values, right).truncated(options.rank)
     found = make_basis(triplets.to(torch.device("cpu")).to(torch.float32), options)
     signs, _ = relative_signs(found, basis.to(torch.device("cpu")))

@@ -17,7 +17,7 @@ flip is tried.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ _FEW_LAYERS = 0.3  # share that starts from nothing in the later cycles
 _BETAS = (0.9, 0.99)
 _TRIED = 48  # flips a round of the polish
 _SCREENED = 3  # of so many examples one tells whether a flip is worth running the others
-_ROUNDS = 6
+ROUNDS = 6  # of the polish at most
 _FEW_KEPT = 2  # flips of a round, after which the next is not worth it
 _SLOPES_BYTES = 2**29  # for the slopes along flips
 _FEWEST_SLOPES = 16  # examples
@@ -149,10 +149,21 @@ class SignSearch:
             position = self._grown(self._free_start(state), 0.0, None, note)
         else:
             # As many layers as can find their signs among those that stay.
-            layers = torch.rand(len(state.best), generator=self._generator) < _FEW_LAYERS
+            drawn = torch.rand(len(state.best), generator=self._generator)
+            layers = drawn <= max(_FEW_LAYERS, float(drawn.min()))  # one at least
             position = self._grown(self._from_nothing(state.best, layers), _PENALTY, layers, note)
         self.state = self._after(state, position)
         return self.state
+
+    def offer(self, signs: Tensor, lost: float) -> None:
+        """Take signs found otherwise for the best, where they are.
+
+        Args:
+            signs: ±1, modules × r.
+            lost: what the training examples lose at them, in nats a target.
+        """
+        if lost < self.state.best_loss:
+            self.state = replace(self.state, best=signs, best_loss=lost)
 
     def found_again(self, signs: Tensor, layers: Tensor, note: Callable[[Step], None]) -> Tensor:
         """What some layers' signs become from nothing, in one cycle beside the others' signs.
@@ -341,11 +352,12 @@ class FlipSlopes:
         stride = -(-len(examples) // most)
         chosen = examples[::stride]
         here = couplings(signs.to(loss.device, torch.float32))
+        rows = 1 if loss.mixes_examples else rows
         entries = []
         for first in range(0, len(chosen), rows):
             part = chosen[first : first + rows]
             coupled = here.repeat(len(part), 1, 1, 1).requires_grad_(True)
-            sums, _ = loss.loss(part, coupled)
+            sums, _ = loss.loss(part, coupled if rows > 1 else coupled[0])
             (slope,) = torch.autograd.grad(sums.sum(), coupled)
             along = -2 * here * slope
             both = along + along.transpose(-1, -2)
@@ -416,6 +428,7 @@ def polish(
     rows: int,
     note: Callable[[str], None],
     *,
+    rounds: int = ROUNDS,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Polished:
     """Flip signs, alone and in groups of a layer, as long as the training examples lose less.
@@ -428,6 +441,7 @@ def polish(
         signs: ±1, modules × r.
         rows: examples at a time.
         note: told in a few words of each round.
+        rounds: at most; with 0 nothing is flipped, and the costs are predicted.
         is_over: whether time is up; asked between flips.
     """
     signs = signs.clone()
@@ -437,7 +451,7 @@ def polish(
     flipped, kept = 0, 1
     measured: dict[tuple[int, int], float] = {}
     costs = torch.zeros(signs.shape, dtype=torch.float64)
-    for number in range(_ROUNDS):
+    for number in range(rounds):
         slopes = FlipSlopes.at(loss, examples, signs, rows)
         costs, kept = slopes.costs(), 0
         moves = _moves(slopes)

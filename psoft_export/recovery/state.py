@@ -8,6 +8,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 from psoft_export.checkpoint.output import replacing_file
+from psoft_export.errors import OutputError
 from psoft_export.recovery.search import SearchState
 
 SUFFIX = ".search.safetensors"
@@ -55,11 +56,14 @@ class StateFile:
             "generator": state.generator.contiguous(),
         }
         metadata = {"format": _FORMAT, "key": self._key, "numbers": json.dumps(numbers)}
-        with suppress(FileExistsError):
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as cause:
+            raise OutputError(f"{self.path.parent}: cannot be made ({cause.strerror})") from cause
         with replacing_file(self.path, durable=False) as scratch:
             safetensors.torch.save_file(tensors, scratch, metadata)
 
     def remove(self) -> None:
         """Forget the search."""
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.unlink()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from psoft_export.algebra.relaxed_signs import RelaxedSigns, couplings
 from psoft_export.basis.svd import Basis
 from psoft_export.changes.subspace import added_by_rotation
+from psoft_export.errors import NonFiniteError
 from psoft_export.recovery.examples import IGNORED, Example, Task, batches
 
 
@@ -42,6 +43,8 @@ class TaskLoss:
     Attributes:
         rotations: the adapter's rotations as functions of the signs.
         device: where the model is.
+        mixes_examples: whether a layer was seen whose first extent is not the batch, so that no
+            example can have signs of its own in a batch.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class TaskLoss:
         self._task = task
         self._pad = pad
         self._rows = rows
+        self._given = 0  # examples of the call that is running
+        self.mixes_examples = False
         self._cores: Tensor | None = None
         for number, (path, basis) in enumerate(bases.items()):
             self._stand_beside(model.get_submodule(path), number, basis, scaling)
@@ -98,6 +103,9 @@ class TaskLoss:
         Args:
             examples: any number.
             signs: ±1, modules × r, on any device; None: the base.
+
+        Raises:
+            NonFiniteError: a loss is NaN or infinite.
         """
         sums, counts = [], []
         if signs is not None:
@@ -110,7 +118,13 @@ class TaskLoss:
                 counts.append(count.double().cpu())
         finally:
             self._cores = None
-        return Losses(torch.cat(sums), torch.cat(counts))
+        found = Losses(torch.cat(sums), torch.cat(counts))
+        if not found.sums.isfinite().all():
+            raise NonFiniteError(
+                "the loss of an example is NaN or infinite; is the dtype too narrow (--dtype fp32) "
+                "or an example more than the model takes?"
+            )
+        return found
 
     def _run(self, arguments: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         dtype = self._model.dtype
@@ -118,6 +132,7 @@ class TaskLoss:
             name: tensor.to(self.device, dtype if tensor.is_floating_point() else None)
             for name, tensor in arguments.items()
         }
+        self._given = len(targets)
         logits = self._model(**moved).logits.float()
         targets = targets.to(self.device)
         if targets.is_floating_point():
@@ -137,6 +152,7 @@ class TaskLoss:
         left = (scaling * basis.b.T).to(weight).contiguous()
 
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            self.mixes_examples |= len(inputs[0]) != self._given
             if self._cores is None:
                 return output
             core = self._cores[..., number, :, :].to(right.dtype)

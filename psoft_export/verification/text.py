@@ -8,8 +8,12 @@ from psoft_export.errors import UsageError, first_line
 _TEXT_BYTES = 2**20
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, whole_lines: bool = False) -> str:
     """The first MiB of a UTF-8 file.
+
+    Args:
+        path: the file.
+        whole_lines: leave away the last line of the MiB where the file goes on.
 
     Raises:
         UsageError: it cannot be read, or is not UTF-8.
@@ -18,7 +22,8 @@ def read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(_TEXT_BYTES + 1)
         is_whole = len(data) <= _TEXT_BYTES
-        return codecs.getincrementaldecoder("utf-8")().decode(data[:_TEXT_BYTES], is_whole)
+        text = codecs.getincrementaldecoder("utf-8")().decode(data[:_TEXT_BYTES], is_whole)
+        return text if is_whole or not whole_lines else text.rpartition("\n")[0]
     except UnicodeDecodeError as cause:
         raise UsageError(f"{path}: not UTF-8 text ({first_line(cause)})") from cause
     except OSError as cause:
