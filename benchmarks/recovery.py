@@ -4,7 +4,7 @@ Each adapter is rewritten as if another machine had trained it (`scrambled.py`),
 recovered from text that it is not evaluated on, and its loss on held-out text is measured with the
 signs found, with the true ones, and with none (the base).
 
-    python -m benchmarks.recovery            # the table of docs/recovery.md
+    python -m benchmarks.recovery            # the cases of docs/recovery.md
     python -m benchmarks.recovery --study    # more text, less text, more seeds: hours
 """
 
@@ -68,14 +68,14 @@ class Result:
         case: which.
         verdict: of `recover`.
         right: share of all signs that are right, each layer up to its sign as a whole.
-        right_settled: share of those that the data settle.
+        right_settled: share of those with as much evidence as settled ones have.
         loss: on held-out text of the task, in nats a byte, with the signs found.
         true_loss: with the true signs.
         base_loss: of the base.
         returned: see `RecoveryReport`.
         settled: see `RecoveryReport`.
         seconds: wall time.
-        peak_bytes: see `RecoveryReport`.
+        peak_bytes: see `RecoveryReport`; of the process, so of all cases so far.
     """
 
     case: Case
@@ -95,7 +95,7 @@ def table() -> Iterator[Case]:
     """The cases of the table in the documentation."""
     for adapter in CORPORA:
         yield Case(adapter, "random")
-        yield Case(adapter, "numpy", steps=240)
+        yield Case(adapter, "numpy", steps=300)
 
 
 def study() -> Iterator[Case]:

@@ -58,7 +58,8 @@ def recover_command(
         int | None, typer.Option("--window", help="Tokens of an example; default: 256.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Gradient steps at most; default: 960.")
+        int | None,
+        typer.Option("--steps", help="Gradient steps of search and check; default: 960."),
     ] = None,
     time: Annotated[
         float | None,

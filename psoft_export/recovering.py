@@ -217,8 +217,8 @@ def recover(
         output: folder for a copy of the adapter with the record; the adapter then stays as it is.
         labels: names of the classes in the order of the head; default: the config's.
         window: tokens of an example; default: 256, or as many as the model takes.
-        steps: gradient steps of the search at most, rounded to cycles of 60; default: 960.
-        time_limit: seconds for search and polish, in place of `steps`.
+        steps: gradient steps of search and check, rounded to cycles of 60; default: 960.
+        time_limit: seconds, in place of `steps`; the search takes half of it at most.
         readings: names of the SVDs to try (`cpu`, `cpu-float64`, `cpu-transposed`, `numpy`; with
             CUDA also `cuda`, `cuda-gesvd`, `cuda-gesvdj`, `cuda-gesvda`); default: all.
         random_start: search from random signs, whatever the readings give.

@@ -95,7 +95,7 @@ class Recovery:
 
     Attributes:
         data: what they were recovered from, in words; never a path.
-        data_sha256: SHA-256 of that file, or of the images in their order.
+        data_sha256: SHA-256 of that file, or of names and files of a folder in their order.
         base_loss: held-out loss of the base, in nats a target (squared error of a head of one
             number).
         start_loss: held-out loss with the best of the SVDs that were tried first.
