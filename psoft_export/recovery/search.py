@@ -7,7 +7,7 @@ groups of signs. So the search goes in cycles, at whose start d is near zero, an
 is crossed, layer by layer. In the first half all layers move, from random signs or from what they
 were, shrunk. In the second some layers start from nothing beside the best signs so far, and a
 penalty pulls every |d| to 1; without it the sizes of d fit the text better than any signs do. (A
-penalty that grows is how AdaRound, arXiv 2004.10568, rounds weights.)
+penalty that rises is how AdaRound, arXiv 2004.10568, rounds weights.)
 
 What a flip costs is predicted for all signs, and for groups of a layer's, from one pass: with a(x)
 the slope of the loss of example x along a flip, the cost is Σₓ a(x) + ½ Σₓ a(x)², whose second term
@@ -31,7 +31,7 @@ SETTLED = math.log(1000)  # nats by which the data speak for a sign
 _RATE = 0.1  # of s a step; tanh(1) = 0.76
 _SHRUNK = 0.1  # the size of d at the start of a cycle
 _HARD = 0.99  # the size of d where signs are taken up again
-_PENALTY = 20.0  # nats for each d at zero, in the last cycle
+_PENALTY = 20.0  # nats for each d at zero, at the end of a later cycle
 _FIRST_PART = 0.25  # of a cycle, without penalty
 _RATE_FALLS = 0.6  # of a cycle, before the rate goes down to zero
 _WARM_UP = 10  # steps
