@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import psoft_export
-from psoft_export import errors
+from psoft_export import errors, recovering
 from psoft_export.cli.main import run
 from tests import files
 from tests.conftest import BUNDLED, EXAMPLES
@@ -114,6 +114,28 @@ def not_equivalent(case: Case) -> list[str]:
     return [*line, "--merged", str(case.base), "--level", "weights"]
 
 
+def recover(case: Case) -> list[str]:
+    (case.adapter / BASIS).unlink()
+    text = case.folder / "task.txt"
+    text.write_text("".join(f"{n} + {n + 7} = {2 * n + 7}\n" for n in range(100, 190)))
+    line = ["recover", "--base", str(case.base), "--adapter", str(case.adapter)]
+    line += ["--text", str(text), "--window", "48", "--batch", "2", "--steps", "240"]
+    return [*line, "--readings", "cpu"]
+
+
+def partly_recovered(case: Case) -> list[str]:
+    case.patch.setattr(recovering, "_RETURNED", 2.0)  # more than there is
+    return recover(case)
+
+
+def not_recovered(case: Case) -> list[str]:
+    def still(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+    files.edit_tensors(case.adapter / WEIGHTS, still)
+    return recover(case)
+
+
 def interrupted(case: Case) -> list[str]:
     def stop(*_: object, **__: object) -> Any:
         raise KeyboardInterrupt
@@ -137,6 +159,8 @@ CASES: dict[int, Callable[[Case], list[str]]] = {
     12: record,
     13: record_missing,
     14: not_equivalent,
+    15: partly_recovered,
+    16: not_recovered,
     130: interrupted,
 }
 
