@@ -1,7 +1,6 @@
 """Recovering signs: the relaxation, the search, the verdict, and the way to a merged checkpoint."""
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +31,6 @@ from psoft_export.recovery import search as searching
 from psoft_export.recovery.readings import known_readings
 from psoft_export.recovery.search import SignSearch, agreement, polish, same_signs
 from psoft_export.recovery.state import StateFile
-from tests.conftest import EXAMPLES
 from tests.machines import numpy_svd, pretend
 from tests.planted import Planted, plant
 
@@ -507,22 +505,3 @@ def test_a_merge_recovers_first(
     shutil.rmtree(output)
     assert run(command) == NotRecoveredError.exit_code
     assert not output.exists()
-
-
-@pytest.mark.slow
-def test_signs_of_a_bundled_adapter_are_those_recorded(tmp_path: Path) -> None:
-    """From the signs of this machine's own SVD, which are those of training up to a few."""
-    name = "arithmetic-strict-r32"
-    adapter = EXAMPLES / "adapters" / name
-    text = tmp_path / "sums.txt"
-    stream = random.Random(7)
-    pairs = [(stream.randrange(1000), stream.randrange(1000)) for _ in range(1000)]
-    text.write_text("".join(f"{left} + {right} = {left + right}\n" for left, right in pairs))
-    loaded = psoft_export.load_adapter(adapter)
-    here = {module: torch.ones(loaded.rank or 0) for module in loaded.modules}
-    bare = scramble(adapter, tmp_path / "adapter", here)
-    report = psoft_export.recover(EXAMPLES / "base", bare, text, steps=240, cache=False)
-    assert report.start == "cpu"
-    assert report.loss < 0.7 * report.base_loss
-    right = right_signs(adapter, here, dict(report.signs))
-    assert torch.cat(list(right.values())).float().mean() > 0.99
