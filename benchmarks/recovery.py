@@ -127,7 +127,7 @@ def measured(case: Case, work: Path) -> Result:
         steps=case.steps,
         seed=case.seed,
         random_start=case.start == "random",
-        readings=["cpu", "cpu-float64", "cpu-transposed"],
+        readings=["cpu", "cpu-float64", "cpu-transposed"] if case.start == "numpy" else None,
         device="cpu",
         cache=False,
     )
@@ -196,7 +196,8 @@ def main() -> None:
     """Run the cases and print their table; each is kept as JSON as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", action="store_true", help="every case; hours")
-    parser.add_argument("--only", help="cases of this adapter")
+    parser.add_argument("--only", choices=list(CORPORA), help="cases of this adapter")
+    parser.add_argument("--start", choices=["random", "numpy"], help="cases of these signs")
     parser.add_argument("--output", type=Path, default=Path("build/recovery.jsonl"))
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -206,7 +207,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for case in study() if arguments.study else table():
-            if arguments.only in (None, case.adapter):
+            if arguments.only in (None, case.adapter) and arguments.start in (None, case.start):
                 say(str(case))
                 results.append(measured(case, Path(scratch)))
                 with arguments.output.open("a", encoding="utf-8") as file:

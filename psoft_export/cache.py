@@ -78,6 +78,11 @@ class BasisCache:
         self.problem: str | None = None
         self.limit_bytes = limit_bytes
 
+    @property
+    def searches(self) -> Path:
+        """The folder for searches that were interrupted (`recover`)."""
+        return self.folder / "searches"
+
     def get(self, weight: str, solver: str, rank: int) -> CachedTriplets | None:
         """The first `rank` triplets of a weight, float32 on the CPU, or None.
 
@@ -180,13 +185,13 @@ class BasisCache:
         return sorted(found, key=lambda entry: -entry.last_used)
 
     def clear(self) -> int:
-        """Remove every entry; returns how many bytes that freed.
+        """Remove every entry and every interrupted search; returns how many bytes that freed.
 
         Raises:
             OutputError: an entry cannot be removed.
         """
         freed = self._clear_abandoned()
-        for path in self._files():
+        for path in (*self._files(), *self.searches.glob("*.safetensors")):
             try:
                 nbytes = path.stat().st_size
                 path.unlink()

@@ -18,6 +18,7 @@ from psoft_export.bank import AdapterBank
 from psoft_export.combining import Combination, chosen_method
 from psoft_export.device import choose_device
 from psoft_export.errors import UnsupportedError, UsageError
+from psoft_export.model.skeleton import mapped_classes
 from psoft_export.opening import open_plan
 from psoft_export.verification.distance import cross_entropy
 from psoft_export.verification.inputs import tokens_of_text
@@ -222,8 +223,8 @@ def _opened(
         base, first, require_record=require_record, neumann_terms=neumann_terms, token=token
     )
     loader = UnmergedLoader(plan)
-    known: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if loader.skeleton.model_class not in list(known.values()):
+    causal = mapped_classes(transformers.MODEL_FOR_CAUSAL_LM_MAPPING, loader.skeleton.config)
+    if loader.skeleton.model_class not in causal:
         raise UnsupportedError(
             f"{plan.base.name}: is a {loader.skeleton.class_name}; losses are evaluated for causal "
             "language models"

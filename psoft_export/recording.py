@@ -16,6 +16,7 @@ from psoft_export.adapters.basis_record import (
     KindChoice,
     Recovery,
     SvdDescription,
+    beside_record,
     check_kind,
     write_record,
 )
@@ -262,9 +263,8 @@ def convert(
     on = choose_device(device)
     store = open_cache(cache_dir) if cache else None
     with OutputFolder(target, overwrite=overwrite, needed_bytes=_CONFIG_BYTES) as folder:
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.name != basis_record.FILENAME:
-                shutil.copyfile(path, folder.path / path.name)
+        for path in beside_record(source):
+            shutil.copyfile(path, folder.path / path.name)
         converter = _Converter(plan, kind, on, store, progress, local=to == "this-machine")
         _write(folder.path, plan, kind, recorded.svd, converter.layers(), recorded.recovered)
         if to == "this-machine":

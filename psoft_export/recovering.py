@@ -16,12 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from psoft_export.adapters import basis_record
 from psoft_export.adapters.adapter import SubspaceAdapter
 from psoft_export.adapters.basis_record import (
+    FILENAME,
     BaseTensor,
     Recovery,
     SvdDescription,
+    beside_record,
     write_record,
 )
 from psoft_export.algebra.relaxed_signs import RelaxedSigns
@@ -50,9 +51,7 @@ from psoft_export.recovery.search import (
     CYCLE,
     ROUNDS,
     SETTLED,
-    FlipSlopes,
     Polished,
-    SearchState,
     SignSearch,
     Step,
     polish,
@@ -221,7 +220,7 @@ def recover(
         time_limit: seconds, in place of `steps`; the search takes half of it at most.
         readings: names of the SVDs to try (`cpu`, `cpu-float64`, `cpu-transposed`, `numpy`; with
             CUDA also `cuda`, `cuda-gesvd`, `cuda-gesvdj`, `cuda-gesvda`); default: all.
-        random_start: search from random signs, whatever the readings give.
+        random_start: search from random signs, and compute no other SVDs.
         seed: of everything random.
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
         dtype: `fp32`, `fp16` or `bf16`, in which the model computes; default: fp32 on the CPU, the
@@ -252,9 +251,9 @@ def recover(
     """
     began = time.monotonic()
     tell = note or (lambda _: None)
-    _check_numbers(steps, time_limit, batch)
+    _check_options(steps, time_limit, batch, readings, random_start)
     on = choose_device(device)
-    decompositions = chosen_readings(readings, on)
+    decompositions = {} if random_start else chosen_readings(readings, on)
     asked_dtype = TORCH_DTYPES[parse_dtype(dtype)] if dtype is not None else None
     plan, loaded = _opened(base, adapter, output, force, overwrite, token)
     loader = UnmergedLoader(plan)
@@ -279,10 +278,10 @@ def recover(
     )
     data_sha256 = _data_sha256(Path(text))
     run = _Run(loss, examples, found, batch=batch, seed=seed, tell=tell)
-    options = (steps, time_limit, random_start, batch, seed, compute, on, examples.digest)
+    options = (steps, time_limit, batch, seed, compute, on, examples.digest)
     state = _state_file(store, loaded, found, options)
-    outcome = run.carry_out(steps, time_limit, random_start, state)
-    modules = _judged(loaded, found, outcome)
+    outcome = run.carry_out(steps, time_limit, state)
+    modules = _judged(found, outcome)
     verdict, reason, settled = _verdict(outcome, modules)
     signs = _signs(loaded, found, outcome.polished.signs)
     path = None
@@ -329,7 +328,7 @@ class _Known:
         basis: A and B of its weight with the signs of one SVD, float32, CPU.
         next_value: σ_{r+1}.
         origin: the weight.
-        rounding: Frobenius norm of what rounding W to its dtype changes.
+        matters: which signs change ΔW by more than rounding W to its dtype does (bool, r).
         cluster: indices of the vectors that no sign can pin down.
         signs: name of each reading → its signs against `basis` (±1, r).
     """
@@ -337,7 +336,7 @@ class _Known:
     basis: Basis
     next_value: float
     origin: BaseTensor
-    rounding: float
+    matters: Tensor
     cluster: Tensor
     signs: Mapping[str, Tensor]
 
@@ -348,7 +347,6 @@ class _Outcome:
 
     Attributes:
         polished: the signs.
-        targets: number of targets searched on.
         base: held-out losses of the base; `start` of the start, `held_out` of the result.
         readings: loss at each reading.
         start_name: the reading started from.
@@ -357,7 +355,6 @@ class _Outcome:
     """
 
     polished: Polished
-    targets: float
     base: Losses
     start: Losses
     held_out: Losses
@@ -392,21 +389,31 @@ class _Run:
         self,
         steps: int | None,
         time_limit: float | None,
-        random_start: bool,
         state: StateFile | None,
     ) -> _Outcome:
         """All of it; arguments as of `recover`."""
         self._ends = time.monotonic() + time_limit if time_limit is not None else math.inf
         held = self._examples.held_out
-        readings, start_name, start = self._start(random_start)
+        readings, start_name, start = self._start()
         signs = torch.where(start < 0, -1.0, 1.0)
         base, at_start = self._loss.losses(held, None), self._loss.losses(held, signs)
         self._tell(f"held-out loss: base {base.mean:.4g}, at the start {at_start.mean:.4g}")
         kept = state.read() if state is not None else None
         cycles = max(1, round((steps or STEPS) / CYCLE) - _CHECKS)
-        search = self._new_search(start, start_name == _RANDOM, cycles, kept)
+        search = SignSearch(
+            self._loss,
+            self._examples.train,
+            start,
+            cycles=cycles,
+            rows=self._batch,
+            seed=self._seed,
+            starts_anew=start_name == _RANDOM,
+            state=kept,
+        )
         ended = None
-        if kept is not None:
+        if not any(known.matters.any() for known in self._found.values()):
+            ended = self._polished(signs, rounds=0), _RETURNED  # there is nothing to find
+        elif kept is not None:
             self._tell(f"going on after {kept.cycle * CYCLE} steps of an interrupted search")
         elif _is_below(at_start, base) and self._holds(search, signs):
             # One of the SVDs may have been training's own, which says more than the data do.
@@ -417,7 +424,6 @@ class _Run:
         polished, returned = ended
         return _Outcome(
             polished=polished,
-            targets=float(self._loss.losses(self._examples.train, None).counts.sum()),
             base=base,
             start=at_start,
             held_out=self._loss.losses(held, polished.signs),
@@ -427,7 +433,7 @@ class _Run:
             steps=search.steps,
         )
 
-    def _start(self, random_start: bool) -> tuple[dict[str, float], str, Tensor]:
+    def _start(self) -> tuple[dict[str, float], str, Tensor]:
         """The loss at each reading, and name and signs of the start."""
         losses = {}
         train = self._examples.train
@@ -435,7 +441,7 @@ class _Run:
         for name in list(self._found.values())[-1].signs:  # one that failed is not among the last
             losses[name] = self._loss.losses(scored, self._read(name)).mean
             self._tell(f"loss at the signs of the SVD '{name}': {losses[name]:.4g}")
-        if random_start or not losses:
+        if not losses:
             shape = self._loss.rotations.shape
             drawn = torch.randn(shape, generator=torch.Generator().manual_seed(self._seed))
             return losses, _RANDOM, drawn
@@ -444,20 +450,6 @@ class _Run:
 
     def _read(self, name: str) -> Tensor:
         return torch.stack([known.signs[name] for known in self._found.values()])
-
-    def _new_search(
-        self, start: Tensor, is_random: bool, cycles: int, state: SearchState | None
-    ) -> SignSearch:
-        return SignSearch(
-            self._loss,
-            self._examples.train,
-            start,
-            cycles=cycles,
-            rows=self._batch,
-            seed=self._seed,
-            starts_anew=is_random,
-            state=state,
-        )
 
     def _searched(
         self, search: SignSearch, file: StateFile | None, time_limit: float | None
@@ -488,8 +480,7 @@ class _Run:
         self._tell("checking the start: half of the layers from nothing")
         evens = torch.arange(len(signs)) % 2 == 0
         again = same_signs(signs, search.found_again(signs, evens, self._note))[evens]
-        slopes = FlipSlopes.at(self._loss, self._examples.train, signs, self._batch)
-        evidence = slopes.costs().clamp(0, _MOST_EVIDENCE)[evens]
+        evidence = _evidence(self._polished(signs, rounds=0))[evens]
         return float((evidence * again).sum()) >= _HOLDS * float(evidence.sum())
 
     def _checked(
@@ -599,7 +590,15 @@ def _opened(
     return plan, loaded
 
 
-def _check_numbers(steps: int | None, time_limit: float | None, batch: int) -> None:
+def _check_options(
+    steps: int | None,
+    time_limit: float | None,
+    batch: int,
+    readings: Sequence[str] | None,
+    random_start: bool,
+) -> None:
+    if random_start and readings is not None:
+        raise UsageError("readings and random-start: give one of them")
     if steps is not None and time_limit is not None:
         raise UsageError("steps and time: give one of them")
     if steps is not None and steps < CYCLE * (1 + _CHECKS):
@@ -639,7 +638,7 @@ def _find_bases(
                 basis,
                 here.next_value,
                 weight.trained,
-                _rounding(weight.as_trained),
+                _changes_by_flip(basis, adapter, tensor.module) >= _rounding(weight.as_trained),
                 inseparable(basis_values(basis, options), here.next_value),
                 {name: signs for name, signs in read.items() if signs is not None},
             )
@@ -689,7 +688,7 @@ def _state_file(
         list(options),
     ]
     key = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
-    return StateFile(cache.folder / "searches", key)
+    return StateFile(cache.searches, key)
 
 
 def _sign_bits(basis: Basis) -> str:
@@ -714,26 +713,23 @@ def _sure(count: int) -> float:
     return z + first / freedom + second / freedom**2
 
 
-def _judged(
-    adapter: SubspaceAdapter, found: Mapping[str, _Known], outcome: _Outcome
-) -> tuple[RecoveredModule, ...]:
+def _judged(found: Mapping[str, _Known], outcome: _Outcome) -> tuple[RecoveredModule, ...]:
     """Each module's signs in classes."""
     judged = []
     for (module, known), costs in zip(found.items(), outcome.polished.costs, strict=True):
-        changes = _changes_by_flip(known.basis, adapter, module)
         reachable = torch.ones(len(costs), dtype=torch.bool)
         reachable[known.cluster.long()] = False
-        matters = (changes >= known.rounding) & reachable
+        matters = known.matters & reachable
         settled = matters & (costs >= SETTLED)
         doubt = matters & ~settled
         judged.append(
             RecoveredModule(
                 module,
-                adapter.rank,
+                len(costs),
                 int(settled.sum()),
                 int((reachable & ~matters).sum()),
                 int(doubt.sum()),
-                float(costs[doubt].abs().sum()) / outcome.targets,
+                float(costs[doubt].abs().sum()) / outcome.polished.targets,
                 len(known.cluster),
             )
         )
@@ -769,7 +765,7 @@ def _verdict(outcome: _Outcome, modules: Sequence[RecoveredModule]) -> tuple[Ver
         )
         return "not", why, share
     costs = outcome.polished.costs.abs()
-    risk = float((costs / (1 + costs.exp())).sum()) / outcome.targets / (base - found)
+    risk = float((costs / (1 + costs.exp())).sum()) / outcome.polished.targets / (base - found)
     if not outcome.returned >= _RETURNED:
         why = (
             f"only {outcome.returned:.1%} of what the data say of the signs was found again from "
@@ -824,15 +820,14 @@ def _write(
     if output is None:
         return write(source)
     target = Path(output)
-    files = [path for path in sorted(source.iterdir()) if path.is_file()]
+    files = beside_record(source)
     room = sum(path.stat().st_size for path in files) + companions.ROOM_BYTES
     with OutputFolder(target, overwrite=overwrite, needed_bytes=room) as folder:
         for path in files:
-            if path.name != basis_record.FILENAME:
-                shutil.copyfile(path, folder.path / path.name)
+            shutil.copyfile(path, folder.path / path.name)
         write(folder.path)
         folder.commit()
-    return target / basis_record.FILENAME
+    return target / FILENAME
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -225,7 +225,7 @@ def test_bad_data_is_named(tmp_path: Path, case: str) -> None:
 REFUSED: dict[str, tuple[Callable[[], Skeleton], dict[str, Any], str]] = {
     "labels without classes": (causal, {"labels": ["a"]}, "LlamaForCausalLM has no classes"),
     "a window too long": (causal, {"window": 10**6}, "window 1000000: the model takes 2 to"),
-    "no column": (lambda: bert("SequenceClassification"), {}, "no 'text'|no 'label'"),
+    "no column": (lambda: bert("SequenceClassification"), {}, "line 1: has no 'label'"),
 }
 
 

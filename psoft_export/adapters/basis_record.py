@@ -253,6 +253,11 @@ def read_record(folder: Path) -> BasisRecord | None:
     return record
 
 
+def beside_record(folder: Path) -> list[Path]:
+    """The files of an adapter's folder but its record, by name."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != FILENAME]
+
+
 def check_kind(kind: str) -> None:
     """Check that a kind to record is one of `KindChoice`.
 

@@ -210,9 +210,9 @@ def _candidates(
     task = _TASK_CLASSES.get(str(adapter_config.get("task_type")))
     classes = [
         library_class(recorded),
-        _mapped_class(task, config),
+        *mapped_classes(task, config)[:1],
         *(library_class(name) for name in config.architectures or []),
-        _mapped_class(transformers.MODEL_MAPPING, config),
+        *mapped_classes(transformers.MODEL_MAPPING, config)[:1],
     ]
     return list(dict.fromkeys(c for c in classes if c is not None))
 
@@ -223,6 +223,7 @@ def library_class(name: Any) -> type[PreTrainedModel] | None:
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
-def _mapped_class(mapping: Any, config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    found = mapping.get(type(config), None) if mapping is not None else None
-    return found[0] if isinstance(found, (tuple, list)) else found
+def mapped_classes(mapping: Any, config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+    """The classes of a config in one of transformers' mappings, which imports no others."""
+    found = mapping.get(type(config), ()) if mapping is not None else ()
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)

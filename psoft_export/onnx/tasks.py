@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from psoft_export.errors import UnsupportedError, UsageError
+from psoft_export.model.skeleton import mapped_classes
 from psoft_export.verification.inputs import decoder_start_token, pad_token
 
 BATCH = "batch_size"
@@ -63,17 +64,14 @@ class Task:
         Raises:
             UnsupportedError: transformers has none for this config.
         """
-        found = self.classes.get(type(config), None)
-        if isinstance(found, (tuple, list)):
-            found = found[0]
-        if found is None:
+        found = mapped_classes(self.classes, config)
+        if not found:
             has = ", ".join(task.name for task in TASKS.values() if type(config) in task.classes)
             raise UnsupportedError(
                 f"task '{self.name}': transformers has no such class for model type "
                 f"'{config.model_type}'; it has {has or 'none for any task exported here'}"
             )
-        model_class: type[PreTrainedModel] = found
-        return model_class
+        return found[0]
 
 
 def find_task(config: PretrainedConfig, class_name: str | None, wanted: str | None) -> Task:
@@ -93,9 +91,7 @@ def find_task(config: PretrainedConfig, class_name: str | None, wanted: str | No
             raise UsageError(f"task '{wanted}': is not one of {', '.join(TASKS)}")
         return TASKS[wanted]
     for task in TASKS.values():
-        found = task.classes.get(type(config), ())
-        classes = found if isinstance(found, (tuple, list)) else (found,)
-        if any(one.__name__ == class_name for one in classes):
+        if any(one.__name__ == class_name for one in mapped_classes(task.classes, config)):
             return task
     names = f"'{class_name}' is of no task that is exported" if class_name else "no model class"
     raise UnsupportedError(f"config.json: {names}; tasks are {', '.join(TASKS)} (--task)")

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from psoft_export.errors import MissingExtraError, UnsupportedError, UsageError, first_line
-from psoft_export.model.skeleton import Skeleton
+from psoft_export.model.skeleton import Skeleton, mapped_classes
 from psoft_export.verification.inputs import decoder_start_token, needed_tokenizer
 from psoft_export.verification.text import read_text
 
@@ -136,18 +136,13 @@ def read_examples(
 
 def _task_of(skeleton: Skeleton) -> Task:
     for task, mapping in _TASKS:
-        if skeleton.model_class in _classes(mapping):
+        if skeleton.model_class in mapped_classes(mapping, skeleton.config):
             return task
     raise UnsupportedError(
         f"{skeleton.class_name}: signs are recovered by a task's loss, and this class has none "
         "that is known here (causal, sequence-to-sequence and masked language models, classifiers "
         "of texts and of images have)"
     )
-
-
-def _classes(mapping: Any) -> Iterator[type]:
-    for found in mapping.values():
-        yield from found if isinstance(found, (tuple, list)) else (found,)
 
 
 def _in_two(task: Task, made: Iterable[Example], path: Path, kind: str) -> Examples:
@@ -210,8 +205,7 @@ class _Labels:
             return number
         if str(label) in self._names:
             return torch.tensor(self._names.index(str(label)))
-        is_index = str(label).isdecimal() and not isinstance(label, bool)
-        if is_index and int(label) < self._count:
+        if str(label).isdecimal() and int(label) < self._count:
             return torch.tensor(int(label))
         raise UsageError(
             f"{where}: label {label!r} is none of the head's {self._count} classes "
@@ -438,28 +432,13 @@ def _image_processor(folder: Path) -> Callable[..., Mapping[str, Tensor]]:
     return cast(Callable[..., Mapping[str, Tensor]], made)
 
 
-def batches(
-    examples: Iterable[Example], pad: int, rows: int
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Arguments and targets of at most `rows` examples at a time, padded to the longest of each.
+def collate(rows: Sequence[Example], pad: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Arguments and targets of one batch, padded on the right.
 
     Args:
-        examples: of one task.
+        rows: of one task.
         pad: the token that pads.
-        rows: how many at a time.
     """
-    waiting: list[Example] = []
-    for example in examples:
-        waiting.append(example)
-        if len(waiting) == rows:
-            yield collate(waiting, pad)
-            waiting = []
-    if waiting:
-        yield collate(waiting, pad)
-
-
-def collate(rows: Sequence[Example], pad: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Arguments and targets of one batch, padded on the right."""
     arguments = {}
     for name in rows[0].inputs:
         parts = [row.inputs[name] for row in rows]

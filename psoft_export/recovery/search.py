@@ -124,12 +124,13 @@ class SignSearch:
         self._starts_anew = starts_anew
         self._rows = min(rows, len(examples))
         self._generator = torch.Generator().manual_seed(seed)
+        signs = torch.where(start < 0, -1.0, 1.0)
+        here = loss.losses(examples, signs)
+        self._targets = float(here.counts.sum())
         if state is None:
-            signs, random = torch.where(start < 0, -1.0, 1.0), self._generator.get_state()
-            lost = loss.losses(examples, signs).mean
-            state = SearchState(0, start.float() * _SHRUNK, signs, lost, 1.0, random)
+            random = self._generator.get_state()
+            state = SearchState(0, start.float() * _SHRUNK, signs, here.mean, 1.0, random)
         self._generator.set_state(state.generator)
-        self._counted = float(loss.losses(examples, None).counts.sum())
         self.state = state
         self.steps = state.cycle * CYCLE
 
@@ -235,7 +236,7 @@ class SignSearch:
             lost = sums.sum() / counts.sum()
             done = step / CYCLE
             rise = max(0.0, done - _FIRST_PART) / (1 - _FIRST_PART)
-            penalty = pull * rise / self._counted * (1 - d.square()).sum()
+            penalty = pull * rise / self._targets * (1 - d.square()).sum()
             (slope,) = torch.autograd.grad(lost + penalty, position)
             fall = 1.0 if done < _RATE_FALLS else (1 - done) / (1 - _RATE_FALLS)
             rate = _RATE * min(1.0, (step + 1) / _WARM_UP) * fall
@@ -413,12 +414,14 @@ class Polished:
             examples, else predicted.
         flipped: how many signs the polish changed.
         loss: what the training examples lose, in nats a target.
+        targets: how many they have.
     """
 
     signs: Tensor
     costs: Tensor
     flipped: int
     loss: float
+    targets: float
 
 
 def polish(
@@ -446,9 +449,9 @@ def polish(
     """
     signs = signs.clone()
     found = loss.losses(examples, signs)
-    sums, counted = found.sums, found.counts.sum().item()
+    sums, targets = found.sums, float(found.counts.sum())
     some, others = examples[::_SCREENED], [e for i, e in enumerate(examples) if i % _SCREENED]
-    flipped, kept = 0, 1
+    flipped, is_stale = 0, True  # whether costs are of other signs
     measured: dict[tuple[int, int], float] = {}
     costs = torch.zeros(signs.shape, dtype=torch.float64)
     for number in range(rounds):
@@ -475,15 +478,16 @@ def polish(
                     measured[layer, members[0]] = cost
         note(
             f"polishing: round {number + 1}, {kept} of {len(moves)} flips kept, loss "
-            f"{float(sums.sum()) / counted:.4g}"
+            f"{float(sums.sum()) / targets:.4g}"
         )
+        is_stale = kept > 0
         if kept <= _FEW_KEPT or is_over():
             break
-    if kept:
+    if is_stale:
         costs = FlipSlopes.at(loss, examples, signs, rows).costs()
     for place, cost in measured.items():
         costs[place] = cost
-    return Polished(signs, costs, flipped, float(sums.sum()) / counted)
+    return Polished(signs, costs, flipped, float(sums.sum()) / targets, targets)
 
 
 def _moves(slopes: FlipSlopes) -> list[tuple[int, list[int]]]:

@@ -15,7 +15,7 @@ from psoft_export.algebra.relaxed_signs import RelaxedSigns, couplings
 from psoft_export.basis.svd import Basis
 from psoft_export.changes.subspace import added_by_rotation
 from psoft_export.errors import NonFiniteError
-from psoft_export.recovery.examples import IGNORED, Example, Task, batches
+from psoft_export.recovery.examples import IGNORED, Example, Task, collate
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TaskLoss:
             coupled: dᵢ dⱼ (`algebra.relaxed_signs.couplings`), modules × r × r; or for each
                 example its own, examples × modules × r × r.
         """
-        ((arguments, targets),) = batches(examples, self._pad, len(examples))
+        arguments, targets = collate(examples, self._pad)
         self._cores = self.rotations.cores(coupled).transpose(-1, -2)
         try:
             return self._run(arguments, targets)
@@ -112,8 +112,8 @@ class TaskLoss:
             coupled = couplings(signs.to(self.device, torch.float32))
             self._cores = self.rotations.cores(coupled).transpose(-1, -2)
         try:
-            for arguments, targets in batches(examples, self._pad, self._rows):
-                lost, count = self._run(arguments, targets)
+            for first in range(0, len(examples), self._rows):
+                lost, count = self._run(*collate(examples[first : first + self._rows], self._pad))
                 sums.append(lost.double().cpu())
                 counts.append(count.double().cpu())
         finally:
