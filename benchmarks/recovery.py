@@ -31,7 +31,7 @@ from benchmarks.scrambled import random_signs, right_signs, scramble
 from psoft_export.adapters.adapter import SubspaceAdapter
 from psoft_export.adapters.basis_record import write_record
 from psoft_export.basis.signs import signs_at
-from psoft_export.recovery.search import SETTLED
+from psoft_export.recovery.polish import SETTLED
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -56,7 +56,7 @@ class Case:
     adapter: str
     start: str
     kilobytes: int = 16
-    steps: int = 960
+    steps: int = 1080
     seed: int = 0
 
 
@@ -95,7 +95,7 @@ def table() -> Iterator[Case]:
     """The cases of the table in the documentation."""
     for adapter in CORPORA:
         yield Case(adapter, "random")
-        yield Case(adapter, "numpy", steps=300)
+        yield Case(adapter, "numpy", steps=270)
 
 
 def study() -> Iterator[Case]:

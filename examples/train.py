@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from corpora import CORPORA, python_sources
+from corpora import CORPORA, Corpus, python_sources
 from evaluate import held_out_loss, load_base
 from peft import PsoftConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -167,18 +167,15 @@ def train_base(output: Path, schedule: Schedule) -> None:
     print(f"base: held-out loss on Python sources {loss:.3f} nats per byte", flush=True)
 
 
-def train_adapter(name: str, output: Path, schedule: Schedule) -> None:
+def train_adapter(name: str, corpus: Corpus, recipe: Recipe, output: Path) -> None:
     """Train one adapter on the base as saved, that is on its rounded weights, and save it."""
-    set_seed(schedule.seed)
-    corpus = CORPORA[name]()
+    set_seed(recipe.schedule.seed)
     tokenizer = AutoTokenizer.from_pretrained(output / "base")
     base = load_base(output / "base")
     before = held_out_loss(base, tokenizer, corpus.held_out)
-    config = PsoftConfig(
-        task_type="CAUSAL_LM", target_modules=TARGET_MODULES, **RECIPES[name].options
-    )
+    config = PsoftConfig(task_type="CAUSAL_LM", target_modules=TARGET_MODULES, **recipe.options)
     model = get_peft_model(base, config)
-    fit(model, _tokens(tokenizer, corpus.train), schedule)
+    fit(model, _tokens(tokenizer, corpus.train), recipe.schedule)
     folder = output / "adapters" / name
     model.save_pretrained(folder, save_embedding_layers=False)
     psoft_export.record_basis(model, folder)
@@ -229,7 +226,8 @@ def main() -> None:
             train_base(arguments.output, _scaled(BASE_SCHEDULE, arguments.steps_scale))
         else:
             schedule = _scaled(RECIPES[name].schedule, arguments.steps_scale)
-            train_adapter(name, arguments.output, schedule)
+            recipe = replace(RECIPES[name], schedule=schedule)
+            train_adapter(name, CORPORA[name](), recipe, arguments.output)
         print(f"{name}: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
 
 

@@ -45,20 +45,12 @@ from psoft_export.errors import (
 )
 from psoft_export.opening import check_apart, open_plan
 from psoft_export.plan import MergePlan
-from psoft_export.recovery.examples import Examples, read_examples
+from psoft_export.recovery.examples import read_examples
+from psoft_export.recovery.polish import SETTLED
 from psoft_export.recovery.readings import Decompose, chosen_readings, read_signs
-from psoft_export.recovery.search import (
-    CYCLE,
-    ROUNDS,
-    SETTLED,
-    Polished,
-    SignSearch,
-    Step,
-    polish,
-    same_signs,
-)
+from psoft_export.recovery.run import LONG_STEPS, ROWS, SHORT_STEPS, Outcome, RecoveryRun
 from psoft_export.recovery.state import StateFile
-from psoft_export.recovery.task_loss import Losses, TaskLoss
+from psoft_export.recovery.task_loss import TaskLoss
 from psoft_export.verification.evaluation import unit_in_last_place
 from psoft_export.verification.inputs import pad_token, tokenizer_folder
 from psoft_export.verification.models import UnmergedLoader
@@ -67,19 +59,8 @@ from psoft_export.weights import BaseReader
 Verdict = Literal["recovered", "partly", "not"]
 Note = Callable[[str], None]
 
-STEPS = 960
 _BATCH = 8  # examples a step
-_ROWS = 16  # examples at a time where nothing is learnt
-_STEPS_BETWEEN_NOTES = 20
-_SURE = 3.0  # standard errors by which the held-out loss must be below the base's
-_RETURNED = 0.95  # of what the data say must come back from a fresh start
-_HOLDS = 0.8  # the same, of a start that may be right already
 _LEFT_OPEN = 0.02  # share of the gain that signs in doubt may cost in the mean
-_LEAST_GAIN = 1e-3  # of the base's loss: less is nothing that signs could be told by
-_RANDOM = "random"  # the name of a start that no SVD gave
-_CHECKS = 3  # cycles of the check
-_SEARCH_SHARE = 0.5  # of a time limit, for the search; the rest for check and polish
-_MOST_EVIDENCE = 20.0  # nats of one sign that count in the check
 
 
 @dataclass(frozen=True)
@@ -125,7 +106,7 @@ class RecoveryReport:
         train_loss: loss of what was searched on, with the signs found.
         readings: loss of a part of the data by each SVD that was tried first.
         start: the reading that the search started from; `random` where signs were drawn.
-        returned: share of what the data say of the signs that a start from nothing found again.
+        returned: share of what the data say of the signs that two searches found alike.
         settled: settled signs among those that matter.
         steps: gradient steps done.
         seconds: wall time.
@@ -199,8 +180,9 @@ def recover(
 ) -> RecoveryReport:
     """Find the signs of an adapter's basis by the loss of its task, and record them.
 
-    The signs that the SVDs of this machine give are tried first. From the best of them a search
-    goes on by gradients, then flip by flip (docs/recovery.md). One example in five is held out. A
+    The signs that the SVDs of this machine give are tried first. Then searches by gradients, from
+    the best of them and from nothing, must agree; what they found is bettered flip by flip
+    (docs/recovery.md). One example in five is held out. A
     record of kind `signs` is written only where the verdict is `recovered`, and says in its
     metadata that its signs come from data.
 
@@ -216,11 +198,12 @@ def recover(
         output: folder for a copy of the adapter with the record; the adapter then stays as it is.
         labels: names of the classes in the order of the head; default: the config's.
         window: tokens of an example; default: 256, or as many as the model takes.
-        steps: gradient steps of search and check, rounded to cycles of 60; default: 960.
-        time_limit: seconds, in place of `steps`; the search takes half of it at most.
+        steps: gradient steps at most, of all searches; default: 1080.
+        time_limit: seconds, in place of `steps`; the searches take half of them at most, if one
+            pair of them does not take more.
         readings: names of the SVDs to try (`cpu`, `cpu-float64`, `cpu-transposed`, `numpy`; with
             CUDA also `cuda`, `cuda-gesvd`, `cuda-gesvdj`, `cuda-gesvda`); default: all.
-        random_start: search from random signs, and compute no other SVDs.
+        random_start: search from nothing, and compute no other SVDs.
         seed: of everything random.
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
         dtype: `fp32`, `fp16` or `bf16`, in which the model computes; default: fp32 on the CPU, the
@@ -274,13 +257,22 @@ def recover(
         {loader.skeleton.module_path(m): known.basis for m, known in found.items()},
         loaded.basis_options.scaling,
         pad=pad_token(loader.skeleton.config),
-        rows=_ROWS,
+        rows=ROWS,
     )
     data_sha256 = _data_sha256(Path(text))
-    run = _Run(loss, examples, found, batch=batch, seed=seed, tell=tell)
+    run = RecoveryRun(loss, examples.train, examples.held_out, rows=batch, seed=seed, tell=tell)
     options = (steps, time_limit, batch, seed, compute, on, examples.digest)
     state = _state_file(store, loaded, found, options)
-    outcome = run.carry_out(steps, time_limit, state)
+    outcome = run.carry_out(
+        {
+            name: torch.stack([known.signs[name] for known in found.values()])
+            for name in decompositions
+        },
+        any(known.matters.any() for known in found.values()),
+        steps=steps,
+        time_limit=time_limit,
+        file=state,
+    )
     modules = _judged(found, outcome)
     verdict, reason, settled = _verdict(outcome, modules)
     signs = _signs(loaded, found, outcome.polished.signs)
@@ -341,212 +333,6 @@ class _Known:
     signs: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What a search came to.
-
-    Attributes:
-        polished: the signs.
-        base: held-out losses of the base; `start` of the start, `held_out` of the result.
-        readings: loss at each reading.
-        start_name: the reading started from.
-        returned: see `RecoveryReport`.
-        steps: gradient steps done.
-    """
-
-    polished: Polished
-    base: Losses
-    start: Losses
-    held_out: Losses
-    readings: Mapping[str, float]
-    start_name: str
-    returned: float
-    steps: int
-
-
-class _Run:
-    """Readings, search, polish and check, on data in two parts."""
-
-    def __init__(
-        self,
-        loss: TaskLoss,
-        examples: Examples,
-        found: Mapping[str, _Known],
-        *,
-        batch: int,
-        seed: int,
-        tell: Note,
-    ) -> None:
-        self._loss = loss
-        self._examples = examples
-        self._found = found
-        self._batch = batch
-        self._seed = seed
-        self._tell = tell
-        self._ends = math.inf
-
-    def carry_out(
-        self,
-        steps: int | None,
-        time_limit: float | None,
-        state: StateFile | None,
-    ) -> _Outcome:
-        """All of it; arguments as of `recover`."""
-        self._ends = time.monotonic() + time_limit if time_limit is not None else math.inf
-        held = self._examples.held_out
-        readings, start_name, start = self._start()
-        signs = torch.where(start < 0, -1.0, 1.0)
-        base, at_start = self._loss.losses(held, None), self._loss.losses(held, signs)
-        self._tell(f"held-out loss: base {base.mean:.4g}, at the start {at_start.mean:.4g}")
-        kept = state.read() if state is not None else None
-        cycles = max(1, round((steps or STEPS) / CYCLE) - _CHECKS)
-        search = SignSearch(
-            self._loss,
-            self._examples.train,
-            start,
-            cycles=cycles,
-            rows=self._batch,
-            seed=self._seed,
-            starts_anew=start_name == _RANDOM,
-            state=kept,
-        )
-        ended = None
-        if not any(known.matters.any() for known in self._found.values()):
-            ended = self._polished(signs, rounds=0), _RETURNED  # there is nothing to find
-        elif kept is not None:
-            self._tell(f"going on after {kept.cycle * CYCLE} steps of an interrupted search")
-        elif _is_below(at_start, base) and self._holds(search, signs):
-            # One of the SVDs may have been training's own, which says more than the data do.
-            ended = self._checked(search, signs, known=True)
-            search.offer(ended[0].signs, ended[0].loss)
-        if ended is None or not ended[1] >= _RETURNED:
-            ended = self._checked(search, self._searched(search, state, time_limit))
-        polished, returned = ended
-        return _Outcome(
-            polished=polished,
-            base=base,
-            start=at_start,
-            held_out=self._loss.losses(held, polished.signs),
-            readings=readings,
-            start_name=start_name,
-            returned=returned,
-            steps=search.steps,
-        )
-
-    def _start(self) -> tuple[dict[str, float], str, Tensor]:
-        """The loss at each reading, and name and signs of the start."""
-        losses = {}
-        train = self._examples.train
-        scored = train[:: max(1, len(train) // (2 * _ROWS))]  # labels may lie in order
-        for name in list(self._found.values())[-1].signs:  # one that failed is not among the last
-            losses[name] = self._loss.losses(scored, self._read(name)).mean
-            self._tell(f"loss at the signs of the SVD '{name}': {losses[name]:.4g}")
-        if not losses:
-            shape = self._loss.rotations.shape
-            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(self._seed))
-            return losses, _RANDOM, drawn
-        best = min(losses, key=lambda name: losses[name])
-        return losses, best, self._read(best)
-
-    def _read(self, name: str) -> Tensor:
-        return torch.stack([known.signs[name] for known in self._found.values()])
-
-    def _searched(
-        self, search: SignSearch, file: StateFile | None, time_limit: float | None
-    ) -> Tensor:
-        """The best signs of all cycles."""
-        while not search.is_done:
-            began = time.monotonic()
-            state = search.run_cycle(self._note)
-            self._tell(
-                f"recovering: {state.moved:.1%} of the signs moved in cycle {state.cycle} of "
-                f"{search.cycles}; the best lose {state.best_loss:.4g}"
-            )
-            if file is not None:
-                try:
-                    file.write(state)
-                except OutputError as problem:  # as of the cache of bases: never stops a run
-                    self._tell(f"warning: the search cannot be kept: {problem}")
-                    file = None
-            if time_limit is not None:
-                # As many cycles as fit before the check and the polish.
-                ends = self._ends - (1 - _SEARCH_SHARE) * time_limit
-                left = (ends - time.monotonic()) / (time.monotonic() - began)
-                search.cycles = state.cycle + max(0, int(left))
-        return search.state.best
-
-    def _holds(self, search: SignSearch, signs: Tensor) -> bool:
-        """Whether half of the layers find their signs again from nothing, more or less."""
-        self._tell("checking the start: half of the layers from nothing")
-        evens = torch.arange(len(signs)) % 2 == 0
-        again = same_signs(signs, search.found_again(signs, evens, self._note))[evens]
-        evidence = _evidence(self._polished(signs, rounds=0))[evens]
-        return float((evidence * again).sum()) >= _HOLDS * float(evidence.sum())
-
-    def _checked(
-        self, search: SignSearch, signs: Tensor, *, known: bool = False
-    ) -> tuple[Polished, float]:
-        """The signs polished, and the share of what the data say of them that is found again.
-
-        Half of the layers starts from nothing beside the other half, and the other way round; then
-        once more the quarter that was found again least. What is found so and loses less takes the
-        place of what was there. Of signs that are taken for known nothing is changed.
-        """
-        polished = self._polished(signs, rounds=0 if known else ROUNDS)
-        again = torch.zeros(signs.shape, dtype=torch.bool)
-        evens = torch.arange(len(signs)) % 2 == 0
-        for part in (evens, ~evens, None) if len(signs) > 1 else (evens,):
-            # A start from nothing may miss what is there: the worst get another.
-            layers = _least_found(polished, again) if part is None else part
-            self._tell(f"checking: {int(layers.sum())} of {len(layers)} layers from nothing")
-            other = search.found_again(polished.signs, layers, self._note)
-            again[layers] |= same_signs(polished.signs, other)[layers]
-            if known:
-                continue
-            better, lost = search.crossed(polished.signs, polished.loss, other)
-            if lost < polished.loss:
-                before, polished = polished, self._polished(better)
-                again &= same_signs(before.signs, polished.signs)
-        evidence = _evidence(polished)
-        together = float(evidence.sum())
-        returned = float((evidence * again).sum()) / together if together else 0.0
-        self._tell(f"found again: {returned:.1%}")
-        return polished, returned
-
-    def _polished(self, signs: Tensor, rounds: int = ROUNDS) -> Polished:
-        return polish(
-            self._loss,
-            self._examples.train,
-            signs,
-            self._batch,
-            self._tell,
-            rounds=rounds,
-            is_over=lambda: time.monotonic() > self._ends,
-        )
-
-    def _note(self, step: Step) -> None:
-        if step.step % _STEPS_BETWEEN_NOTES:
-            return
-        self._tell(
-            f"recovering: step {step.step}, loss {step.loss:.4g}, {step.undecided:.0%} of the "
-            "signs undecided"
-        )
-
-
-def _evidence(polished: Polished) -> Tensor:
-    """What the data say of each sign, in nats; beyond a limit more says no more."""
-    return polished.costs.clamp(0, _MOST_EVIDENCE)
-
-
-def _least_found(polished: Polished, again: Tensor) -> Tensor:
-    """The layers of which least was found again, at most a quarter (bool)."""
-    evidence = _evidence(polished)
-    shares = (evidence * again).sum(1) / evidence.sum(1).clamp_min(1e-9)
-    layers = torch.zeros(len(shares), dtype=torch.bool)
-    layers[shares.argsort()[: max(1, len(shares) // 4)]] = True
-    return layers
-
-
 def _opened(
     base: str | Path,
     adapter: str | Path,
@@ -601,8 +387,9 @@ def _check_options(
         raise UsageError("readings and random-start: give one of them")
     if steps is not None and time_limit is not None:
         raise UsageError("steps and time: give one of them")
-    if steps is not None and steps < CYCLE * (1 + _CHECKS):
-        raise UsageError(f"steps {steps}: at least {CYCLE * (1 + _CHECKS)} are needed")
+    least = LONG_STEPS if random_start else SHORT_STEPS
+    if steps is not None and steps < least:
+        raise UsageError(f"steps {steps}: at least {least} are needed")
     if time_limit is not None and not time_limit > 0:
         raise UsageError(f"time {time_limit:g}: a number of seconds above 0 is needed")
     if batch < 1:
@@ -696,24 +483,7 @@ def _sign_bits(basis: Basis) -> str:
     return hashlib.sha256((basis.a > 0).numpy().tobytes()).hexdigest()
 
 
-def _is_below(losses: Losses, base: Losses) -> bool:
-    """Whether a loss is below the base's, beyond what chance would do."""
-    gains = (base.sums - losses.sums) / base.counts.mean()
-    error = float(gains.std(correction=1)) / math.sqrt(len(gains))
-    return float(gains.mean()) > max(_sure(len(gains)) * error, _LEAST_GAIN * base.mean)
-
-
-def _sure(count: int) -> float:
-    """Student's t where a normal variable has `_SURE`: the first terms of its expansion.
-
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
-    """
-    z, freedom = _SURE, count - 1
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / freedom + second / freedom**2
-
-
-def _judged(found: Mapping[str, _Known], outcome: _Outcome) -> tuple[RecoveredModule, ...]:
+def _judged(found: Mapping[str, _Known], outcome: Outcome) -> tuple[RecoveredModule, ...]:
     """Each module's signs in classes."""
     judged = []
     for (module, known), costs in zip(found.items(), outcome.polished.costs, strict=True):
@@ -750,7 +520,7 @@ def _changes_by_flip(basis: Basis, adapter: SubspaceAdapter, module: str) -> Ten
     return changes
 
 
-def _verdict(outcome: _Outcome, modules: Sequence[RecoveredModule]) -> tuple[Verdict, str, float]:
+def _verdict(outcome: Outcome, modules: Sequence[RecoveredModule]) -> tuple[Verdict, str, float]:
     """The verdict, why, and the settled signs among those that matter."""
     settled = sum(module.settled for module in modules)
     doubt = sum(module.in_doubt for module in modules)
@@ -758,7 +528,7 @@ def _verdict(outcome: _Outcome, modules: Sequence[RecoveredModule]) -> tuple[Ver
     if not settled + doubt:
         return "not", "no sign matters: the adapter turns nothing by more than rounding", share
     base, found = outcome.base.mean, outcome.held_out.mean
-    if not _is_below(outcome.held_out, outcome.base):
+    if not outcome.is_below_base:
         why = (
             f"the held-out loss, {found:.4g}, is not surely below the base's, {base:.4g}: another "
             "base than trained, text of another task, or too little data"
@@ -766,11 +536,10 @@ def _verdict(outcome: _Outcome, modules: Sequence[RecoveredModule]) -> tuple[Ver
         return "not", why, share
     costs = outcome.polished.costs.abs()
     risk = float((costs / (1 + costs.exp())).sum()) / outcome.polished.targets / (base - found)
-    if not outcome.returned >= _RETURNED:
+    if not outcome.returned >= outcome.needed:
         why = (
-            f"only {outcome.returned:.1%} of what the data say of the signs was found again from "
-            f"nothing ({_RETURNED:.0%} is needed), so whole groups may be wrong; give more data or "
-            "more steps"
+            f"two searches found only {outcome.returned:.1%} of what the data say of the signs "
+            f"alike ({outcome.needed:.0%} is needed); give more data or more steps"
         )
         return "partly", why, share
     if not risk <= _LEFT_OPEN:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import psoft_export
-from psoft_export import errors, recovering
+from psoft_export import errors
 from psoft_export.cli.main import run
+from psoft_export.recovery import run as recovery_run
 from tests import files
 from tests.conftest import BUNDLED, EXAMPLES
 
@@ -119,12 +120,12 @@ def recover(case: Case) -> list[str]:
     text = case.folder / "task.txt"
     text.write_text("".join(f"{n} + {n + 7} = {2 * n + 7}\n" for n in range(100, 190)))
     line = ["recover", "--base", str(case.base), "--adapter", str(case.adapter)]
-    line += ["--text", str(text), "--window", "48", "--batch", "2", "--steps", "240"]
+    line += ["--text", str(text), "--window", "48", "--batch", "2", "--steps", "270"]
     return [*line, "--readings", "cpu"]
 
 
 def partly_recovered(case: Case) -> list[str]:
-    case.patch.setattr(recovering, "_RETURNED", 2.0)  # more than there is
+    case.patch.setattr(recovery_run, "_RETURNED", 2.0)  # more than there is
     return recover(case)
 
 

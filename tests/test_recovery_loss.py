@@ -14,7 +14,7 @@ from psoft_export.bases import BasisFinder
 from psoft_export.errors import NonFiniteError
 from psoft_export.opening import open_plan
 from psoft_export.recovery.examples import IGNORED, Example
-from psoft_export.recovery.search import FlipSlopes
+from psoft_export.recovery.polish import FlipSlopes
 from psoft_export.recovery.task_loss import TaskLoss
 from psoft_export.verification.models import UnmergedLoader, find_changes
 from tests.models import load_task_model, load_with_peft, save_adapter

@@ -1,10 +1,10 @@
 """R as a smooth function of the signs of its basis, so that a gradient can look for them.
 
-With D = diag(d), d in {−1, 1}ʳ, the rotation in a basis with other signs is D R D. Here every dᵢ
-may lie anywhere in [−1, 1]. The generator is what is scaled, Q becomes D Q D, so that the core
-stays a rotation on the way: at d = 0 it is the identity, and the layer is the base's but for the
-scaling vectors, which no sign changes. A free R has no generator; its off-diagonal entries are
-scaled.
+With D = diag(d), d in {−1, 1}ʳ, the rotation in a basis with other signs is D R D. Here the
+couplings dᵢ dⱼ may lie anywhere in [−1, 1]. The generator is what is scaled, Q becomes Q ∘ C, so
+that the core stays a rotation on the way: at C = 0 it is the identity, and the layer is the base's
+but for the scaling vectors, which no sign changes. A free R has no generator; its off-diagonal
+entries are scaled.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from psoft_export.algebra.rotation import skew_symmetric, turned_by
 
 
 class RelaxedSigns:
-    """The rotations of an adapter's modules as functions of d.
+    """The rotations of an adapter's modules as functions of the couplings.
 
     Attributes:
         shape: number of modules, and r.
@@ -49,7 +49,8 @@ class RelaxedSigns:
         """R − I of every module, differentiable in the couplings.
 
         Args:
-            couplings: dᵢ dⱼ, … × modules × r × r, float32 (`couplings` makes them).
+            couplings: … × modules × r × r, float32 (`couplings` and `vector_couplings` make
+                them).
 
         Returns:
             … × modules × r × r, float32.
@@ -66,3 +67,8 @@ class RelaxedSigns:
 def couplings(d: Tensor) -> Tensor:
     """dᵢ dⱼ (… × r × r) of d (… × r): all that the rotations depend on."""
     return d[..., :, None] * d[..., None, :]
+
+
+def vector_couplings(vectors: Tensor) -> Tensor:
+    """vᵢ · vⱼ (… × r × r) of vectors (… × r × k): signs relaxed into k dimensions."""
+    return vectors @ vectors.mT

@@ -12,7 +12,8 @@ from psoft_export.errors import OutputError
 from psoft_export.recovery.search import SearchState
 
 SUFFIX = ".search.safetensors"
-_FORMAT = "psoft-search/1"
+_FORMAT = "psoft-search/2"
+_GENERATOR = "generator"
 
 
 class StateFile:
@@ -31,15 +32,9 @@ class StateFile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata.get("format") != _FORMAT or metadata.get("key") != self._key:
                 return None
-            numbers = json.loads(metadata["numbers"])
-            return SearchState(
-                int(numbers["cycle"]),
-                tensors["position"],
-                tensors["best"],
-                float(numbers["best_loss"]),
-                float(numbers["moved"]),
-                tensors["generator"],
-            )
+            generator = tensors.pop(_GENERATOR)
+            moved = json.loads(metadata["moved"])
+            return SearchState(int(metadata["done"]), tensors, moved, generator)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return None
 
@@ -49,13 +44,14 @@ class StateFile:
         Raises:
             OutputError: the folder cannot be written.
         """
-        numbers = {"cycle": state.cycle, "best_loss": state.best_loss, "moved": state.moved}
-        tensors = {
-            "position": state.position.contiguous(),
-            "best": state.best.contiguous(),
-            "generator": state.generator.contiguous(),
+        tensors = {name: signs.contiguous() for name, signs in state.found.items()}
+        tensors[_GENERATOR] = state.generator.contiguous()
+        metadata = {
+            "format": _FORMAT,
+            "key": self._key,
+            "done": str(state.done),
+            "moved": json.dumps(dict(state.moved)),
         }
-        metadata = {"format": _FORMAT, "key": self._key, "numbers": json.dumps(numbers)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as cause:

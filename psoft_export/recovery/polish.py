@@ -1,0 +1,285 @@
+"""From signs that a search found to signs that no flip betters by much.
+
+A flip is kept where the data speak for it as they do for a settled sign. Where they say less, what
+the search found is the better guess: it comes from the whole way that the layers grew along, on
+which signs matter that hardly do at its end.
+
+What a flip costs is predicted for all signs, and for groups of a layer's, from one pass: with a(x)
+the slope of the loss of example x along a flip, the cost is Σₓ a(x) + ½ Σₓ a(x)², whose second term
+is the empirical Fisher information in the place of the curvature. Where the prediction is small the
+flip is tried.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psoft_export.algebra.relaxed_signs import couplings
+from psoft_export.recovery.examples import Example
+from psoft_export.recovery.search import same_signs
+from psoft_export.recovery.task_loss import TaskLoss
+
+SETTLED = math.log(1000)  # nats by which the data speak for a sign
+ROUNDS = 6  # of the polish at most
+_TRIED = 48  # flips a round of the polish
+_SCREENED = 3  # of so many examples one tells whether a change is worth running the others
+_FEW_KEPT = 2  # flips of a round, after which the next is not worth it
+_SLOPES_BYTES = 2**29  # for the slopes along flips
+_FEWEST_SLOPES = 16  # examples
+
+
+@dataclass(frozen=True)
+class FlipSlopes:
+    """How the loss changes along flips, for every example.
+
+    A flip of the group C of one layer's signs negates the couplings between C and the rest. So
+    what is kept is the slope along the negation of each coupling, and a group's is their sum over
+    i in C and j outside.
+
+    Attributes:
+        entries: of couplings ij and ji together (examples × modules × r × r, float32, CPU), in
+            nats; the diagonal is zero.
+        scale: what sums over these examples are multiplied by to stand for all.
+    """
+
+    entries: Tensor
+    scale: float
+
+    @classmethod
+    def at(
+        cls, loss: TaskLoss, examples: Sequence[Example], signs: Tensor, rows: int
+    ) -> "FlipSlopes":
+        """At some signs.
+
+        Args:
+            loss: the task's loss.
+            examples: what to predict for; of many, an even choice is run.
+            signs: ±1, modules × r.
+            rows: examples at a time.
+        """
+        modules, rank = signs.shape
+        most = max(_FEWEST_SLOPES, _SLOPES_BYTES // (4 * modules * rank * rank))
+        stride = -(-len(examples) // most)
+        chosen = examples[::stride]
+        here = couplings(signs.to(loss.device, torch.float32))
+        rows = 1 if loss.mixes_examples else rows
+        entries = []
+        for first in range(0, len(chosen), rows):
+            part = chosen[first : first + rows]
+            coupled = here.repeat(len(part), 1, 1, 1).requires_grad_(True)
+            sums, _ = loss.loss(part, coupled if rows > 1 else coupled[0])
+            (slope,) = torch.autograd.grad(sums.sum(), coupled)
+            along = -2 * here * slope
+            both = along + along.transpose(-1, -2)
+            entries.append(both.masked_fill(torch.eye(rank, device=both.device).bool(), 0).cpu())
+        return cls(torch.cat(entries), len(examples) / len(chosen))
+
+    def costs(self) -> Tensor:
+        """What flipping each sign alone would cost, in nats over all targets (modules × r)."""
+        return self._predicted(self.entries.sum(-1).double(), 0)
+
+    def groups(self, layer: int) -> list[tuple[float, list[int]]]:
+        """Groups of one layer's signs that may be worth flipping together, with their costs.
+
+        Grown from each sign by the one that costs least, up to half of the layer; of each of these
+        growths the group of the lowest cost.
+        """
+        entries = self.entries[:, layer].permute(1, 2, 0).double()  # r × r × examples
+        rank = len(entries)
+        totals = entries.sum(1)  # r × examples: the slope of each sign alone
+        inside = torch.eye(rank, dtype=torch.bool)  # growths × r
+        linked = entries.clone()  # growths × r × examples: Σ of the couplings with the group
+        slopes = totals.clone()  # growths × examples
+        costs = self._predicted(slopes, 1)
+        best_costs, best = costs.clone(), inside.clone()
+        every = torch.arange(rank)
+        for _ in range(rank // 2 - 1):
+            grown = slopes[:, None] + totals[None] - 2 * linked
+            candidates = self._predicted(grown, 2).masked_fill(inside, math.inf)
+            costs, added = candidates.min(dim=1)
+            inside = inside.clone()
+            inside[every, added] = True
+            slopes = grown[every, added]
+            linked = linked + entries[added]
+            better = costs < best_costs
+            best_costs = torch.where(better, costs, best_costs)
+            best = torch.where(better[:, None], inside, best)
+        found = {tuple(best[i].nonzero()[:, 0].tolist()): float(best_costs[i]) for i in range(rank)}
+        return sorted((cost, list(members)) for members, cost in found.items())
+
+    def _predicted(self, slopes: Tensor, examples: int) -> Tensor:
+        """The cost of flips of these slopes, the examples being an extent of the tensor."""
+        return self.scale * (slopes.sum(examples) + slopes.square().sum(examples) / 2)
+
+
+class Trials:
+    """Signs, and changes of them that are measured before they are kept.
+
+    Attributes:
+        signs: ±1, modules × r, float32, CPU.
+    """
+
+    def __init__(self, loss: TaskLoss, examples: Sequence[Example], signs: Tensor) -> None:
+        """Measure the signs themselves; arguments as of `polish`."""
+        self.signs = signs.clone()
+        self._loss = loss
+        self._some = examples[::_SCREENED]
+        self._others = [e for i, e in enumerate(examples) if i % _SCREENED]
+        here = loss.losses(examples, signs)
+        self._sums, self.targets = here.sums, float(here.counts.sum())
+
+    @property
+    def lost(self) -> float:
+        """What the examples lose, in nats a target."""
+        return float(self._sums.sum()) / self.targets
+
+    def change(self, layer: int, signs: Tensor) -> float:
+        """Give a layer other signs, if the examples then lose less by `SETTLED`.
+
+        Args:
+            layer: which.
+            signs: ±1 (r).
+
+        Returns:
+            What it costs in nats over all targets; of what costs much, as far as a part of the
+            examples tells. Below −`SETTLED` it was kept.
+        """
+        kept = self.signs[layer].clone()
+        self.signs[layer] = signs
+        sums = self._sums.clone()
+        sums[::_SCREENED] = self._loss.losses(self._some, self.signs).sums
+        cost = _SCREENED * float((sums - self._sums).sum())
+        if cost < SETTLED and self._others:
+            rest = torch.arange(len(sums)) % _SCREENED > 0
+            sums[rest] = self._loss.losses(self._others, self.signs).sums
+            cost = float((sums - self._sums).sum())
+        if cost < -SETTLED:
+            self._sums = sums
+        else:
+            self.signs[layer] = kept
+        return cost
+
+
+def crossed(
+    loss: TaskLoss, examples: Sequence[Example], signs: Tensor, others: Tensor
+) -> tuple[Tensor, float]:
+    """The better of two sets of signs, with every layer of the other that betters it by `SETTLED`.
+
+    Two searches that ended in different minima differ in whole groups of a layer's signs, and of
+    each layer either may have the right ones.
+
+    Args:
+        loss: the task's loss.
+        examples: what was searched on.
+        signs: ±1, modules × r.
+        others: ±1, modules × r.
+
+    Returns:
+        Signs, and what the examples lose at them, in nats a target.
+    """
+    better, worse = (Trials(loss, examples, s) for s in (signs, others))
+    if worse.lost < better.lost:
+        better, worse = worse, better
+    differing = (~same_signs(better.signs, worse.signs)).sum(1)
+    for layer in differing.argsort(descending=True, stable=True).tolist():
+        if differing[layer]:
+            better.change(layer, worse.signs[layer])
+    return better.signs, better.lost
+
+
+@dataclass(frozen=True)
+class Polished:
+    """Signs after the polish.
+
+    Attributes:
+        signs: ±1, modules × r, float32, CPU.
+        costs: what flipping each costs the training examples, in nats over all their targets
+            (float64): measured where it was tried with these signs, on all or on a part of the
+            examples, else predicted.
+        flipped: how many signs the polish changed.
+        loss: what the training examples lose, in nats a target.
+        targets: how many they have.
+    """
+
+    signs: Tensor
+    costs: Tensor
+    flipped: int
+    loss: float
+    targets: float
+
+
+def polish(
+    loss: TaskLoss,
+    examples: Sequence[Example],
+    signs: Tensor,
+    rows: int,
+    note: Callable[[str], None],
+    *,
+    rounds: int = ROUNDS,
+    is_over: Callable[[], bool] = lambda: False,
+) -> Polished:
+    """Flip signs, alone and in groups of a layer, as long as one gains `SETTLED` nats.
+
+    What is predicted to cost least is tried first; each flip is measured before it is kept.
+
+    Args:
+        loss: the task's loss.
+        examples: what was searched on.
+        signs: ±1, modules × r.
+        rows: examples at a time.
+        note: told in a few words of each round.
+        rounds: at most; with 0 nothing is flipped, and the costs are predicted.
+        is_over: whether time is up; asked between flips.
+    """
+    trials = Trials(loss, examples, signs)
+    flipped, is_stale = 0, True  # whether costs are of other signs
+    measured: dict[tuple[int, int], float] = {}
+    costs = torch.zeros(signs.shape, dtype=torch.float64)
+    for number in range(rounds):
+        slopes = FlipSlopes.at(loss, examples, trials.signs, rows)
+        costs, kept = slopes.costs(), 0
+        moves = _moves(slopes)
+        for layer, members in moves:
+            if is_over():
+                break
+            turned = trials.signs[layer].clone()
+            turned[members] *= -1
+            cost = trials.change(layer, turned)
+            if cost < -SETTLED:
+                kept += 1
+                flipped += len(members)
+                measured.clear()
+            elif len(members) == 1:
+                measured[layer, members[0]] = cost
+        note(
+            f"polishing: round {number + 1}, {kept} of {len(moves)} flips kept, loss "
+            f"{trials.lost:.4g}"
+        )
+        is_stale = kept > 0
+        if kept <= _FEW_KEPT or is_over():
+            break
+    if is_stale:
+        costs = FlipSlopes.at(loss, examples, trials.signs, rows).costs()
+    for place, cost in measured.items():
+        costs[place] = cost
+    return Polished(trials.signs, costs, flipped, trials.lost, trials.targets)
+
+
+def _moves(slopes: FlipSlopes) -> list[tuple[int, list[int]]]:
+    """Flips that may lower the loss, as layer and signs; the likeliest first."""
+    moves: list[tuple[float, int, list[int]]] = []
+    for layer in range(slopes.entries.shape[1]):
+        tried: list[list[int]] = []
+        for cost, members in slopes.groups(layer):
+            # Groups of one layer that share signs are one idea; its likeliest is always tried,
+            # for a large turn is not what a slope and a curvature say of it.
+            if tried and cost >= SETTLED:
+                break
+            if not any(set(members) & set(other) for other in tried):
+                tried.append(members)
+                moves.append((cost, layer, members))
+    moves.sort(key=lambda move: move[0])
+    return [(layer, members) for _, layer, members in moves[:_TRIED]]
