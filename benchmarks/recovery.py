@@ -1,21 +1,28 @@
-"""How far `recover` gets on the bundled adapters: share of right signs and held-out loss.
+"""How far `recover` gets on adapters whose true signs are known: right signs and held-out loss.
 
 Each adapter is rewritten as if another machine had trained it (`scrambled.py`), its signs are
 recovered from text that it is not evaluated on, and its loss on held-out text is measured with the
 signs found, with the true ones, and with none (the base).
 
-    python -m benchmarks.recovery            # the cases of docs/recovery.md
-    python -m benchmarks.recovery --study    # more text, less text, more seeds: hours
+    python -m benchmarks.recovery            # the table of docs/recovery.md, about half an hour
+    python -m benchmarks.recovery --study    # and all else that is there: hours
+
+Each result is kept as soon as it is measured, and a case that is kept is not run again. The study
+trains adapters of other ranks and angles (`examples/train.py`) and draws its results
+(`recovery_plots.py`).
 """
 
 import argparse
 import json
+import multiprocessing
+import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +37,7 @@ from benchmarks.children import machine_line, say
 from benchmarks.scrambled import random_signs, right_signs, scramble
 from psoft_export.adapters.adapter import SubspaceAdapter
 from psoft_export.adapters.basis_record import write_record
+from psoft_export.algebra.rotation import rotation
 from psoft_export.basis.signs import signs_at
 from psoft_export.recovery.polish import SETTLED
 
@@ -37,8 +45,31 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 from corpora import CORPORA  # noqa: E402
 from evaluate import held_out_loss, load_base, load_with_peft  # noqa: E402
+from train import RECIPES, Recipe, train_adapter  # noqa: E402
 
-FOLDER = EXAMPLES / "byte_llama"
+BUNDLED = EXAMPLES / "byte_llama"
+STUDY = Path("study")  # results, and adapters that only the study needs; `make lint` empties build
+STEPS = 1080
+QUARTER = 270
+ARITHMETIC = "arithmetic-strict-r32"
+
+
+def _variant(rank: int, learning_rate: float) -> Recipe:
+    """The recipe of the strict adapter at another rank or speed."""
+    known = RECIPES[ARITHMETIC]
+    return Recipe(
+        options=known.options | {"r": rank, "psoft_alpha": 3 * rank // 2},
+        schedule=replace(known.schedule, learning_rate=learning_rate),
+    )
+
+
+VARIANTS = {
+    "arithmetic-strict-r16": _variant(16, 1e-2),
+    "arithmetic-strict-r64": _variant(64, 1e-2),
+    "arithmetic-strict-r128": _variant(128, 1e-2),
+    "arithmetic-strict-r32-slow": _variant(32, 1e-3),
+    "arithmetic-strict-r32-fast": _variant(32, 3e-2),
+}
 
 
 @dataclass(frozen=True)
@@ -46,18 +77,32 @@ class Case:
     """One recovery.
 
     Attributes:
-        adapter: name of a bundled adapter.
+        adapter: name of a bundled adapter, or of one of `VARIANTS`.
         start: `random`: signs drawn; `numpy`: those of NumPy's SVD, which is then not tried.
         kilobytes: of text.
-        steps: of the search.
+        steps: of the search, at most.
         seed: of the planted signs and the search.
+        text: the adapter whose task the text is of; empty: its own.
+        dtype: in which the model computes.
     """
 
     adapter: str
     start: str
     kilobytes: int = 16
-    steps: int = 1080
+    steps: int = STEPS
     seed: int = 0
+    text: str = ""
+    dtype: str = "bf16"
+
+    @property
+    def corpus(self) -> str:
+        """The name in `CORPORA` of what the adapter was trained on."""
+        return self.adapter if self.adapter in CORPORA else ARITHMETIC
+
+    @property
+    def models(self) -> Path:
+        """The folder that holds the base and the adapter."""
+        return BUNDLED if self.adapter in CORPORA else STUDY
 
 
 @dataclass(frozen=True)
@@ -68,60 +113,89 @@ class Result:
         case: which.
         verdict: of `recover`.
         right: share of all signs that are right, each layer up to its sign as a whole.
-        right_settled: share of those with as much evidence as settled ones have.
+        right_settled: share of those with as much evidence as settled ones have; None where no
+            sign is settled.
         loss: on held-out text of the task, in nats a byte, with the signs found.
         true_loss: with the true signs.
         base_loss: of the base.
         returned: see `RecoveryReport`.
         settled: see `RecoveryReport`.
+        steps: done.
+        angle: by which the rotations turn a principal direction, in degrees; the median.
+        rank: r.
         seconds: wall time.
-        peak_bytes: see `RecoveryReport`; of the process, so of all cases so far.
+        peak_bytes: see `RecoveryReport`.
     """
 
     case: Case
     verdict: str
     right: float
-    right_settled: float
+    right_settled: float | None
     loss: float
     true_loss: float
     base_loss: float
     returned: float
     settled: float
+    steps: int
+    angle: float
+    rank: int
     seconds: float
     peak_bytes: int
 
+    @property
+    def above_true(self) -> float:
+        """The loss with the signs found against that with the true ones, less one."""
+        return self.loss / self.true_loss - 1
+
 
 def table() -> Iterator[Case]:
-    """The cases of the table in the documentation."""
+    """The cases of the first table in the documentation."""
     for adapter in CORPORA:
         yield Case(adapter, "random")
-        yield Case(adapter, "numpy", steps=270)
+        yield Case(adapter, "numpy", steps=QUARTER)
 
 
 def study() -> Iterator[Case]:
-    """Those, and other amounts of text, steps and seeds."""
+    """Those, and other ranks and angles, amounts of text and of steps, and text of other tasks."""
     yield from table()
-    for adapter in CORPORA:
-        for kilobytes in (4, 8, 32, 64):
+    for adapter in VARIANTS:
+        yield Case(adapter, "random")
+    for kilobytes in (4, 64):
+        for adapter in CORPORA:
             yield Case(adapter, "random", kilobytes=kilobytes)
-        for steps in (240, 480, 1920):
-            yield Case(adapter, "random", steps=steps)
-        for seed in (1, 2):
-            yield Case(adapter, "random", seed=seed)
+    others = dict(zip(CORPORA, [*list(CORPORA)[1:], *list(CORPORA)[:1]], strict=True))
+    for adapter in CORPORA:
+        yield Case(adapter, "random", steps=360)
+        yield Case(adapter, "random", steps=360, text=others[adapter])
+        yield Case(adapter, "numpy", kilobytes=4, steps=QUARTER)
+    for kilobytes in (8, 32):
+        for adapter in CORPORA:
+            yield Case(adapter, "random", kilobytes=kilobytes)
+    for adapter in CORPORA:
+        yield Case(adapter, "random", seed=1)
 
 
-def measured(case: Case, work: Path) -> Result:
-    """One recovery, in a folder of its own."""
-    folder = work / f"{case.adapter}-{case.start}-{case.kilobytes}-{case.steps}-{case.seed}"
-    folder.mkdir()
-    original, corpus = FOLDER / "adapters" / case.adapter, CORPORA[case.adapter]()
+def measured(case: Case, threads: int) -> Result:
+    """One recovery, in a folder of its own, in a process of its own."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with tempfile.TemporaryDirectory() as scratch:
+        return _measured_in(Path(scratch), case)
+
+
+def _measured_in(folder: Path, case: Case) -> Result:
+    base, original = case.models / "base", case.models / "adapters" / case.adapter
+    corpus = CORPORA[case.corpus]()
+    given = CORPORA[case.text]() if case.text else corpus
     text = folder / "task.txt"
-    text.write_text(corpus.train[: case.kilobytes * 1024], encoding="utf-8")
+    text.write_text(given.train[: case.kilobytes * 1024], encoding="utf-8")
     planted = _planted(case, original)
     adapter = scramble(original, folder / "adapter", planted)
     began = time.monotonic()
     report = psoft_export.recover(
-        FOLDER / "base",
+        base,
         adapter,
         text,
         steps=case.steps,
@@ -129,33 +203,47 @@ def measured(case: Case, work: Path) -> Result:
         random_start=case.start == "random",
         readings=["cpu", "cpu-float64", "cpu-transposed"] if case.start == "numpy" else None,
         device="cpu",
+        dtype=case.dtype,
         cache=False,
     )
     seconds = time.monotonic() - began
     right = torch.cat(list(right_signs(original, planted, dict(report.signs)).values()))
     settled = torch.cat(list(report.evidence.values())) >= SETTLED
-    known = psoft_export.load_adapter(original).record
+    loaded = psoft_export.load_adapter(original)
+    assert isinstance(loaded, SubspaceAdapter)
+    known = loaded.record
     assert known is not None
     shapes = {module: known.base[module].shape for module in report.signs}
     layers = [(module, known.base[module], signs) for module, signs in report.signs.items()]
     write_record(adapter, "signs", known.rank, known.svd, shapes, layers)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "base")
-    base = load_base(FOLDER / "base")
-    found, true = (load_with_peft(FOLDER / "base", a) for a in (adapter, original))
-    losses = [held_out_loss(m, tokenizer, corpus.held_out) for m in (base, true, found)]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    models = load_base(base), load_with_peft(base, original), load_with_peft(base, adapter)
+    losses = [held_out_loss(model, tokenizer, corpus.held_out) for model in models]
     return Result(
         case=case,
         verdict=report.verdict,
         right=float(right.float().mean()),
-        right_settled=float(right[settled].float().mean()),
+        right_settled=float(right[settled].float().mean()) if settled.any() else None,
         base_loss=losses[0],
         true_loss=losses[1],
         loss=losses[2],
         returned=report.returned,
         settled=report.settled,
+        steps=report.steps,
+        angle=_median_angle(loaded),
+        rank=loaded.rank,
         seconds=seconds,
         peak_bytes=report.peak_bytes,
     )
+
+
+def _median_angle(adapter: SubspaceAdapter) -> float:
+    """By which an adapter's rotations turn a principal direction, in degrees."""
+    cosines = []
+    for parameters in adapter.rotations.values():
+        turn = rotation(parameters)
+        cosines.append(turn.diagonal() / torch.linalg.vector_norm(turn, dim=0))
+    return float(torch.cat(cosines).clamp(-1, 1).acos().rad2deg().median())
 
 
 def _planted(case: Case, adapter: Path) -> dict[str, Tensor]:
@@ -165,7 +253,7 @@ def _planted(case: Case, adapter: Path) -> dict[str, Tensor]:
     loaded = psoft_export.load_adapter(adapter)
     assert isinstance(loaded, SubspaceAdapter)
     assert loaded.record is not None
-    weights = load_file(FOLDER / "base" / "model.safetensors")
+    weights = load_file(case.models / "base" / "model.safetensors")
     found = {}
     for module in loaded.modules:
         left = np.linalg.svd(weights[f"{module}.weight"].float().numpy(), full_matrices=False)[0]
@@ -175,46 +263,75 @@ def _planted(case: Case, adapter: Path) -> dict[str, Tensor]:
     return found
 
 
-def _rows(results: list[Result]) -> Iterator[str]:
+def rows(results: Sequence[Result]) -> Iterator[str]:
+    """A table of results, as Markdown."""
     yield (
-        "| adapter | signs | text, KB | steps | seed | verdict | right | right of settled | "
-        "base | true signs | found | above true | found again | settled | minutes | memory, GB |"
+        "| adapter | r | angle | signs of | text, KB | steps | seed | dtype | verdict | right | "
+        "right of settled | settled | found again | base | true signs | found | above true | "
+        "minutes | memory, GB |"
     )
-    yield "| --- | --- | --: | --: | --: | --- |" + " --: |" * 10
+    yield "| --- | --: | --: | --- | --: | --: | --: | --- | --- |" + " --: |" * 10
     for r in results:
         c = r.case
+        text = f"{c.kilobytes}" + (f" of `{c.text}`" if c.text else "")
+        of_settled = "" if r.right_settled is None else f"{r.right_settled:.1%}"
         yield (
-            f"| `{c.adapter}` | {c.start} | {c.kilobytes} | {c.steps} | {c.seed} | {r.verdict} | "
-            f"{r.right:.1%} | {r.right_settled:.1%} | "
-            f"{r.base_loss:.3f} | {r.true_loss:.3f} | {r.loss:.3f} | "
-            f"{r.loss / r.true_loss - 1:.1%} | {r.returned:.1%} | {r.settled:.1%} | "
-            f"{r.seconds / 60:.1f} | {r.peak_bytes / 1e9:.1f} |"
+            f"| `{c.adapter}` | {r.rank} | {r.angle:.1f}° | {c.start} | {text} | "
+            f"{r.steps} of {c.steps} | {c.seed} | {c.dtype} | {r.verdict} | {r.right:.1%} | "
+            f"{of_settled} | {r.settled:.1%} | {r.returned:.1%} | {r.base_loss:.3f} | "
+            f"{r.true_loss:.3f} | {r.loss:.3f} | {r.above_true:+.2%} | {r.seconds / 60:.1f} | "
+            f"{r.peak_bytes / 1e9:.1f} |"
         )
 
 
+def read_results(path: Path) -> list[Result]:
+    """Results that were kept, the oldest first."""
+    if not path.exists():
+        return []
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [Result(**line | {"case": Case(**line["case"])}) for line in lines]
+
+
+def _train(names: Sequence[str]) -> None:
+    """Train the adapters that are not there yet, on a copy of the bundled base."""
+    if not (STUDY / "base").exists():
+        shutil.copytree(BUNDLED / "base", STUDY / "base")
+    for name in names:
+        if not (STUDY / "adapters" / name / "psoft_basis.safetensors").exists():
+            say(f"training {name}")
+            train_adapter(name, CORPORA[ARITHMETIC](), VARIANTS[name], STUDY)
+
+
 def main() -> None:
-    """Run the cases and print their table; each is kept as JSON as soon as it is measured."""
+    """Run the cases that were not run yet, and print the table of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--study", action="store_true", help="every case; hours")
-    parser.add_argument("--only", choices=list(CORPORA), help="cases of this adapter")
-    parser.add_argument("--start", choices=["random", "numpy"], help="cases of these signs")
-    parser.add_argument("--output", type=Path, default=Path("build/recovery.jsonl"))
+    parser.add_argument("--study", action="store_true", help="every case, and plots; hours")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, sharing the threads")
+    parser.add_argument("--output", type=Path, default=STUDY / "results.jsonl")
     arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    cases = list(study() if arguments.study else table())
+    known = {result.case: result for result in read_results(arguments.output)}
+    to_run = [case for case in cases if case not in known]
+    _train(sorted({case.adapter for case in to_run} & VARIANTS.keys()))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    results = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for case in study() if arguments.study else table():
-            if arguments.only in (None, case.adapter) and arguments.start in (None, case.start):
-                say(str(case))
-                results.append(measured(case, Path(scratch)))
-                with arguments.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(results[-1])) + "\n")
-                say(list(_rows(results[-1:]))[-1])
-    print(machine_line(torch.get_num_threads(), ("torch", "transformers", "psoft-export")))
-    print("\n".join(_rows(results)))
+    threads = max(1, torch.get_num_threads() // arguments.jobs)
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(arguments.jobs, mp_context=spawn, max_tasks_per_child=1) as pool,
+        arguments.output.open("a", encoding="utf-8") as file,
+    ):
+        for done in as_completed([pool.submit(measured, case, threads) for case in to_run]):
+            result = done.result()
+            known[result.case] = result
+            print(json.dumps(asdict(result)), file=file, flush=True)
+            say(list(rows([result]))[-1])
+    results = [known[case] for case in cases]
+    print(machine_line(threads, ("torch", "transformers", "psoft-export")))
+    print("\n".join(rows(results)))
+    if arguments.study:
+        from benchmarks.recovery_plots import draw
+
+        draw(results, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def _print(console: Console, report: "RecoveryReport") -> None:
         "held-out loss": f"base {report.base_loss:.4g}, start ({report.start}) "
         f"{report.start_loss:.4g}, found {report.loss:.4g}",
         "settled": f"{report.settled:.1%} of the signs that matter",
-        "found again": f"{report.returned:.1%} of what the data say, from nothing",
+        "found again": f"{report.returned:.1%} of the signs that matter, by two searches",
         "took": f"{report.steps} steps, {report.seconds:.0f} s, memory {size(report.peak_bytes)}",
     }
     for name, value in rows.items():

@@ -106,7 +106,7 @@ class RecoveryReport:
         train_loss: loss of what was searched on, with the signs found.
         readings: loss of a part of the data by each SVD that was tried first.
         start: the reading that the search started from; `random` where signs were drawn.
-        returned: share of what the data say of the signs that two searches found alike.
+        returned: share of the signs that matter that two searches found alike.
         settled: settled signs among those that matter.
         steps: gradient steps done.
         seconds: wall time.
@@ -268,7 +268,7 @@ def recover(
             name: torch.stack([known.signs[name] for known in found.values()])
             for name in decompositions
         },
-        any(known.matters.any() for known in found.values()),
+        torch.stack([known.matters for known in found.values()]),
         steps=steps,
         time_limit=time_limit,
         file=state,
@@ -320,7 +320,8 @@ class _Known:
         basis: A and B of its weight with the signs of one SVD, float32, CPU.
         next_value: σ_{r+1}.
         origin: the weight.
-        matters: which signs change ΔW by more than rounding W to its dtype does (bool, r).
+        matters: which signs can be pinned down, and change ΔW by more than rounding W to its
+            dtype does (bool, r).
         cluster: indices of the vectors that no sign can pin down.
         signs: name of each reading → its signs against `basis` (±1, r).
     """
@@ -421,12 +422,16 @@ def _find_bases(
             for name in [name for name, signs in read.items() if signs is None]:
                 tell(f"the SVD '{name}' failed for '{tensor.module}', and is left away")
                 del decompositions[name]
+            changes = _changes_by_flip(basis, adapter, tensor.module)
+            matters = changes >= _rounding(weight.as_trained)
+            cluster = inseparable(basis_values(basis, options), here.next_value)
+            matters[cluster.long()] = False
             found[tensor.module] = _Known(
                 basis,
                 here.next_value,
                 weight.trained,
-                _changes_by_flip(basis, adapter, tensor.module) >= _rounding(weight.as_trained),
-                inseparable(basis_values(basis, options), here.next_value),
+                matters,
+                cluster,
                 {name: signs for name, signs in read.items() if signs is not None},
             )
             tell(f"reading signs: {number} of {len(plan.targets)} weights")
@@ -487,17 +492,14 @@ def _judged(found: Mapping[str, _Known], outcome: Outcome) -> tuple[RecoveredMod
     """Each module's signs in classes."""
     judged = []
     for (module, known), costs in zip(found.items(), outcome.polished.costs, strict=True):
-        reachable = torch.ones(len(costs), dtype=torch.bool)
-        reachable[known.cluster.long()] = False
-        matters = known.matters & reachable
-        settled = matters & (costs >= SETTLED)
-        doubt = matters & ~settled
+        settled = known.matters & (costs >= SETTLED)
+        doubt = known.matters & ~settled
         judged.append(
             RecoveredModule(
                 module,
                 len(costs),
                 int(settled.sum()),
-                int((reachable & ~matters).sum()),
+                len(costs) - int(known.matters.sum()) - len(known.cluster),
                 int(doubt.sum()),
                 float(costs[doubt].abs().sum()) / outcome.polished.targets,
                 len(known.cluster),
@@ -538,8 +540,8 @@ def _verdict(outcome: Outcome, modules: Sequence[RecoveredModule]) -> tuple[Verd
     risk = float((costs / (1 + costs.exp())).sum()) / outcome.polished.targets / (base - found)
     if not outcome.returned >= outcome.needed:
         why = (
-            f"two searches found only {outcome.returned:.1%} of what the data say of the signs "
-            f"alike ({outcome.needed:.0%} is needed); give more data or more steps"
+            f"two searches found only {outcome.returned:.1%} of the signs that matter alike "
+            f"({outcome.needed:.0%} is needed); give more data or more steps"
         )
         return "partly", why, share
     if not risk <= _LEFT_OPEN:

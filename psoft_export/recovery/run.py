@@ -23,13 +23,12 @@ RANDOM = "random"  # the name of a start that no SVD gave
 ROWS = 16  # examples at a time where nothing is learnt
 _READING, _SHORT, _FIRST, _SECOND = "reading", "short", "first", "second"
 _STEPS_BETWEEN_NOTES = 20
-_RETURNED = 0.95  # of what the data say must be found by both of two searches
-_HOLDS = 0.8  # the same, of a reading that loses less than what is found
+_RETURNED = 0.97  # of the signs that matter must be found alike by two searches
+_HOLDS = 0.75  # the same, of a reading that loses less than what is found beside it
 _STILL = 0.01  # share of the signs of both long searches that move, below which they have ended
 _SURE = 3.0  # standard errors by which the held-out loss must be below the base's
 _LEAST_GAIN = 1e-3  # of the base's loss: less is nothing that signs could be told by
 _SEARCH_SHARE = 0.5  # of a time limit, for the searches; the rest for crossing and polish
-_MOST_EVIDENCE = 20.0  # nats of one sign that count where searches are compared
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Outcome:
         held_out: the same, of the result.
         readings: loss at each reading.
         start_name: the reading started from; `RANDOM` where signs were drawn.
-        returned: share of what the data say of the signs that two searches found alike.
+        returned: share of the signs that matter that two searches found alike.
         needed: share that is enough.
         steps: gradient steps done.
     """
@@ -99,7 +98,7 @@ class RecoveryRun:
     def carry_out(
         self,
         readings: Mapping[str, Tensor],
-        matters: bool,
+        matters: Tensor,
         *,
         steps: int | None,
         time_limit: float | None,
@@ -109,7 +108,7 @@ class RecoveryRun:
 
         Args:
             readings: name of each SVD → its signs (±1, modules × r).
-            matters: whether any sign does; if not, nothing is searched.
+            matters: which signs do (bool, modules × r); if none, nothing is searched.
             steps: gradient steps at most.
             time_limit: seconds in place of them.
             file: where the searches are kept.
@@ -137,23 +136,23 @@ class RecoveryRun:
                 polished, base, start, held_out, losses, name, returned, needed, search.steps
             )
 
-        if not matters:
+        if not matters.any():
             return outcome(self._polished(signs, rounds=0), returned=1.0)
         short = sum(cycle.search in (_SHORT, _READING) for cycle in search.plan)
         found = None
         if readings and search.state.done <= short:
             self._run(search, 1, file)
             if _is_below(start, base):
-                held = self._held(signs, search.state.found[_SHORT])
+                held = self._held(signs, search.state.found[_SHORT], matters)
                 if held is not None:
                     return outcome(*held, needed=_HOLDS)
             self._run(search, short, file)
-            found = outcome(*self._compared(search.state, _READING, _SHORT))
+            found = outcome(*self._compared(search.state, _READING, _SHORT, matters))
             if found.is_below_base and found.returned >= found.needed:
                 return found
         self._run(search, len(search.plan), file, time_limit)
         if _SECOND in search.state.found:
-            found = outcome(*self._compared(search.state, _FIRST, _SECOND))
+            found = outcome(*self._compared(search.state, _FIRST, _SECOND, matters))
         assert found is not None
         return found
 
@@ -201,7 +200,7 @@ class RecoveryRun:
                     self._tell(f"warning: the search cannot be kept: {problem}")
                     file = None
 
-    def _held(self, signs: Tensor, found: Tensor) -> tuple[Polished, float] | None:
+    def _held(self, signs: Tensor, found: Tensor, matters: Tensor) -> tuple[Polished, float] | None:
         """A reading as it is, and how much of it was found, if it may be training's own.
 
         It then loses less than signs that the data led to, though no data led to it; and those are
@@ -209,12 +208,13 @@ class RecoveryRun:
         """
         if self._loss.losses(self._train, found).mean < self._loss.losses(self._train, signs).mean:
             return None
-        polished = self._polished(signs, rounds=0)
-        returned = _share(polished, same_signs(signs, found))
+        returned = float(same_signs(signs, found)[matters].double().mean())
         self._tell(f"{returned:.1%} of the start was found from nothing")
-        return (polished, returned) if returned >= _HOLDS else None
+        return (self._polished(signs, rounds=0), returned) if returned >= _HOLDS else None
 
-    def _compared(self, state: SearchState, one: str, other: str) -> tuple[Polished, float]:
+    def _compared(
+        self, state: SearchState, one: str, other: str, matters: Tensor
+    ) -> tuple[Polished, float]:
         """The best of all signs found, polished, and the share of it that two searches found."""
         signs = state.found[one]
         for name in sorted(state.found, key=lambda name: name != other):
@@ -223,7 +223,7 @@ class RecoveryRun:
                 signs, _ = crossed(self._loss, self._train, signs, state.found[name])
         polished = self._polished(signs, ROUNDS)
         alike = [same_signs(polished.signs, state.found[name]) for name in (one, other)]
-        returned = _share(polished, alike[0] & alike[1])
+        returned = float((alike[0] & alike[1])[matters].double().mean())
         self._tell(f"found by both searches: {returned:.1%}")
         return polished, returned
 
@@ -261,13 +261,6 @@ def _planned(steps: int, has_readings: bool) -> list[Cycle]:
         steps -= SHORT_STEPS
     pair = [Cycle(name, LONG_STEPS // 2, hardens=True) for name in (_FIRST, _SECOND)]
     return plan + pair * (steps // LONG_STEPS)
-
-
-def _share(polished: Polished, which: Tensor) -> float:
-    """What the data say of some signs, as a share of what they say; too much counts no more."""
-    evidence = polished.costs.clamp(0, _MOST_EVIDENCE)
-    together = float(evidence.sum())
-    return float((evidence * which).sum()) / together if together else 0.0
 
 
 def _is_below(losses: Losses, base: Losses) -> bool:
