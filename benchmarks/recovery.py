@@ -39,7 +39,9 @@ from psoft_export.adapters.adapter import SubspaceAdapter
 from psoft_export.adapters.basis_record import write_record
 from psoft_export.algebra.rotation import rotation
 from psoft_export.basis.signs import signs_at
+from psoft_export.recovery.examples import WINDOW
 from psoft_export.recovery.polish import SETTLED
+from psoft_export.recovery.run import STEPS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -49,8 +51,7 @@ from train import RECIPES, Recipe, train_adapter  # noqa: E402
 
 BUNDLED = EXAMPLES / "byte_llama"
 STUDY = Path("study")  # results, and adapters that only the study needs; `make lint` empties build
-STEPS = 1080
-QUARTER = 270
+QUARTER = STEPS // 4
 ARITHMETIC = "arithmetic-strict-r32"
 
 
@@ -118,6 +119,8 @@ class Result:
         loss: on held-out text of the task, in nats a byte, with the signs found.
         true_loss: with the true signs.
         base_loss: of the base.
+        preferred: nats by which the text that `recover` was given prefers the signs found to the
+            true ones.
         returned: see `RecoveryReport`.
         settled: see `RecoveryReport`.
         steps: done.
@@ -134,6 +137,7 @@ class Result:
     loss: float
     true_loss: float
     base_loss: float
+    preferred: float
     returned: float
     settled: float
     steps: int
@@ -190,7 +194,8 @@ def _measured_in(folder: Path, case: Case) -> Result:
     corpus = CORPORA[case.corpus]()
     given = CORPORA[case.text]() if case.text else corpus
     text = folder / "task.txt"
-    text.write_text(given.train[: case.kilobytes * 1024], encoding="utf-8")
+    searched = given.train[: case.kilobytes * 1024]
+    text.write_text(searched, encoding="utf-8")
     planted = _planted(case, original)
     adapter = scramble(original, folder / "adapter", planted)
     began = time.monotonic()
@@ -219,6 +224,8 @@ def _measured_in(folder: Path, case: Case) -> Result:
     tokenizer = AutoTokenizer.from_pretrained(base)
     models = load_base(base), load_with_peft(base, original), load_with_peft(base, adapter)
     losses = [held_out_loss(model, tokenizer, corpus.held_out) for model in models]
+    windows = len(searched) // WINDOW
+    true, found = (held_out_loss(m, tokenizer, searched, windows=windows) for m in models[1:])
     return Result(
         case=case,
         verdict=report.verdict,
@@ -227,6 +234,7 @@ def _measured_in(folder: Path, case: Case) -> Result:
         base_loss=losses[0],
         true_loss=losses[1],
         loss=losses[2],
+        preferred=(true - found) * windows * (WINDOW - 1),
         returned=report.returned,
         settled=report.settled,
         steps=report.steps,
@@ -268,9 +276,9 @@ def rows(results: Sequence[Result]) -> Iterator[str]:
     yield (
         "| adapter | r | angle | signs of | text, KB | steps | seed | dtype | verdict | right | "
         "right of settled | settled | found again | base | true signs | found | above true | "
-        "minutes | memory, GB |"
+        "text prefers found, nats | minutes | memory, GB |"
     )
-    yield "| --- | --: | --: | --- | --: | --: | --: | --- | --- |" + " --: |" * 10
+    yield "| --- | --: | --: | --- | --: | --: | --: | --- | --- |" + " --: |" * 11
     for r in results:
         c = r.case
         text = f"{c.kilobytes}" + (f" of `{c.text}`" if c.text else "")
@@ -279,8 +287,8 @@ def rows(results: Sequence[Result]) -> Iterator[str]:
             f"| `{c.adapter}` | {r.rank} | {r.angle:.1f}° | {c.start} | {text} | "
             f"{r.steps} of {c.steps} | {c.seed} | {c.dtype} | {r.verdict} | {r.right:.1%} | "
             f"{of_settled} | {r.settled:.1%} | {r.returned:.1%} | {r.base_loss:.3f} | "
-            f"{r.true_loss:.3f} | {r.loss:.3f} | {r.above_true:+.2%} | {r.seconds / 60:.1f} | "
-            f"{r.peak_bytes / 1e9:.1f} |"
+            f"{r.true_loss:.3f} | {r.loss:.3f} | {r.above_true:+.2%} | {r.preferred:+.0f} | "
+            f"{r.seconds / 60:.1f} | {r.peak_bytes / 1e9:.1f} |"
         )
 
 
@@ -320,18 +328,25 @@ def main() -> None:
         ProcessPoolExecutor(arguments.jobs, mp_context=spawn, max_tasks_per_child=1) as pool,
         arguments.output.open("a", encoding="utf-8") as file,
     ):
-        for done in as_completed([pool.submit(measured, case, threads) for case in to_run]):
+        futures = {pool.submit(measured, case, threads): case for case in to_run}
+        for done in as_completed(futures):
+            problem = done.exception()
+            if problem is not None:
+                say(f"{futures[done]}: {type(problem).__name__}: {problem}")
+                continue
             result = done.result()
             known[result.case] = result
             print(json.dumps(asdict(result)), file=file, flush=True)
             say(list(rows([result]))[-1])
-    results = [known[case] for case in cases]
+    results = [known[case] for case in cases if case in known]
     print(machine_line(threads, ("torch", "transformers", "psoft-export")))
     print("\n".join(rows(results)))
     if arguments.study:
         from benchmarks.recovery_plots import draw
 
         draw(results, arguments.output.with_suffix(".png"))
+    if len(results) < len(cases):
+        sys.exit(f"{len(cases) - len(results)} cases failed")
 
 
 if __name__ == "__main__":

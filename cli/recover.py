@@ -71,13 +71,15 @@ def recover_command(
         typer.Option("--readings", help="SVDs to try first, comma-separated; default: all."),
     ] = None,
     random_start: Annotated[
-        bool, typer.Option("--random-start", help="Search from random signs.")
+        bool, typer.Option("--random-start", help="Try no SVDs; search from nothing.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
     device: DeviceOption = "auto",
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="fp32, fp16 or bf16; default: fp32, on CUDA the base's own."),
+        typer.Option(
+            "--dtype", help="fp32, fp16 or bf16; default: fp32, on CUDA bf16 if the base is."
+        ),
     ] = None,
     cache_dir: CacheDirOption = None,
     no_cache: Annotated[
@@ -146,11 +148,13 @@ def _print(console: Console, report: "RecoveryReport") -> None:
             f"{module.at_stake:.1e}" if module.in_doubt else "",
         )
     console.print(table)
+    start = ""
+    if report.start_loss is not None:
+        start = f", start ({report.start}) {report.start_loss:.4g}"
     facts = Table.grid(padding=(0, 2))
     rows = {
         "data": report.data,
-        "held-out loss": f"base {report.base_loss:.4g}, start ({report.start}) "
-        f"{report.start_loss:.4g}, found {report.loss:.4g}",
+        "held-out loss": f"base {report.base_loss:.4g}{start}, found {report.loss:.4g}",
         "settled": f"{report.settled:.1%} of the signs that matter",
         "found again": f"{report.returned:.1%} of the signs that matter, by two searches",
         "took": f"{report.steps} steps, {report.seconds:.0f} s, memory {size(report.peak_bytes)}",

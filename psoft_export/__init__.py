@@ -41,7 +41,8 @@ if TYPE_CHECKING:
         convert,
         record,
     )
-    from psoft_export.recovering import RecoveredModule, RecoveryReport, recover
+    from psoft_export.recovering import RecoveryReport, recover
+    from psoft_export.recovery.verdict import RecoveredModule
     from psoft_export.swapping import swap
     from psoft_export.training import RecordBasisCallback, record_basis, restore_basis
     from psoft_export.verification.figures import VerificationReport
@@ -118,7 +119,7 @@ _HOMES = {
     "RecordBasisCallback": "training",
     "RecordReport": "recording",
     "RecordedModule": "recording",
-    "RecoveredModule": "recovering",
+    "RecoveredModule": "recovery.verdict",
     "RecoveryReport": "recovering",
     "Sweep": "evaluating",
     "SweepPoint": "evaluating",

@@ -162,7 +162,7 @@ def merge(
         )
         check_apart(Path(output), before)
         if before.adapter.needs_record and before.adapter.record is None:
-            _recover(base, adapter, recover_with, device, cache, cache_dir, token, note)
+            _recover(base, adapter, recover_with, labels, device, cache, cache_dir, token, note)
     plan = plan_merge(
         base,
         adapter,
@@ -208,6 +208,7 @@ def _recover(
     base: str | Path,
     adapter: str | Path | Combination,
     data: str | Path,
+    labels: Sequence[str] | None,
     device: str,
     cache: bool,
     cache_dir: str | Path | None,
@@ -217,10 +218,17 @@ def _recover(
     """Recover the signs of an adapter; arguments and errors as of `merge`."""
     from psoft_export.recovering import recover  # loads transformers
 
+    folder = _one_adapter(adapter)
+    if not Path(folder).expanduser().is_dir():
+        raise UsageError(
+            f"{folder}: not a folder here, so a recovered record has no place; make a copy with "
+            "'psoft-export recover --output' and merge that"
+        )
     found = recover(
         base,
-        _one_adapter(adapter),
+        folder,
         data,
+        labels=labels,
         device=device,
         cache=cache,
         cache_dir=cache_dir,

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import resource
 import shutil
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,22 +18,18 @@ from torch import Tensor
 from psoft_export.adapters.adapter import SubspaceAdapter
 from psoft_export.adapters.basis_record import (
     FILENAME,
-    BaseTensor,
     Recovery,
     SvdDescription,
     beside_record,
     write_record,
 )
 from psoft_export.algebra.relaxed_signs import RelaxedSigns
-from psoft_export.algebra.rotation import rotation
-from psoft_export.bases import BasisFinder
-from psoft_export.basis.signs import SignRecord, inseparable, record_signs
-from psoft_export.basis.svd import Basis, basis_values
+from psoft_export.basis.signs import SignRecord, record_signs
+from psoft_export.basis.svd import Basis
 from psoft_export.cache import BasisCache, open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES, parse_dtype
 from psoft_export.checkpoint.output import OutputFolder, check_target
-from psoft_export.checkpoint.reader import file_sha256
 from psoft_export.device import choose_device
 from psoft_export.errors import (
     NotRecoveredError,
@@ -45,53 +40,33 @@ from psoft_export.errors import (
 )
 from psoft_export.opening import check_apart, open_plan
 from psoft_export.plan import MergePlan
-from psoft_export.recovery.examples import read_examples
-from psoft_export.recovery.polish import SETTLED
-from psoft_export.recovery.readings import Decompose, chosen_readings, read_signs
-from psoft_export.recovery.run import LONG_STEPS, ROWS, SHORT_STEPS, Outcome, RecoveryRun
+from psoft_export.recovery.examples import data_sha256, read_examples
+from psoft_export.recovery.modules import KnownModule, find_modules
+from psoft_export.recovery.readings import chosen_readings
+from psoft_export.recovery.run import LONG_STEPS, ROWS, SHORT_STEPS, RecoveryRun
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import TaskLoss
-from psoft_export.verification.evaluation import unit_in_last_place
+from psoft_export.recovery.verdict import (
+    RecoveredModule,
+    Verdict,
+    judge,
+    judged,
+    settled_share,
+)
 from psoft_export.verification.inputs import pad_token, tokenizer_folder
 from psoft_export.verification.models import UnmergedLoader
-from psoft_export.weights import BaseReader
 
-Verdict = Literal["recovered", "partly", "not"]
 Note = Callable[[str], None]
 
 _BATCH = 8  # examples a step
-_LEFT_OPEN = 0.02  # share of the gain that signs in doubt may cost in the mean
-
-
-@dataclass(frozen=True)
-class RecoveredModule:
-    """What is known of the signs of one module.
-
-    Attributes:
-        module: module path, as the adapter names it.
-        rank: r.
-        settled: number of signs whose flip would cost the data 1000 : 1 or more.
-        immaterial: number of signs whose flip changes ΔW by less than rounding W to its dtype.
-        in_doubt: number of the others.
-        at_stake: what flipping all those in doubt would cost, in nats a target, each alone.
-        out_of_reach: number of vectors that near-equal singular values let no sign pin down; the
-            record holds this machine's.
-    """
-
-    module: str
-    rank: int
-    settled: int
-    immaterial: int
-    in_doubt: int
-    at_stake: float
-    out_of_reach: int
 
 
 @dataclass(frozen=True)
 class RecoveryReport:
     """How far the signs were recovered.
 
-    Losses are in nats a target (a token, a label), those of a head of one number squared errors.
+    Losses are in nats a target (a token, a label). Those of a head of one number are squared errors
+    by twice the base's mean squared error, so that the base has about one half.
 
     Attributes:
         verdict: `recovered`: a record was written; `partly`: the held-out loss is below the
@@ -101,11 +76,11 @@ class RecoveryReport:
         modules: one entry a module.
         data: what was read, in words.
         base_loss: held-out loss of the base.
-        start_loss: held-out loss at the best of the readings.
+        start_loss: held-out loss at the best of the readings; None where none was tried.
         loss: held-out loss with the signs found.
         train_loss: loss of what was searched on, with the signs found.
         readings: loss of a part of the data by each SVD that was tried first.
-        start: the reading that the search started from; `random` where signs were drawn.
+        start: the best of the readings; empty where none was tried.
         returned: share of the signs that matter that two searches found alike.
         settled: settled signs among those that matter.
         steps: gradient steps done.
@@ -121,7 +96,7 @@ class RecoveryReport:
     modules: tuple[RecoveredModule, ...]
     data: str
     base_loss: float
-    start_loss: float
+    start_loss: float | None
     loss: float
     train_loss: float
     readings: Mapping[str, float]
@@ -186,8 +161,8 @@ def recover(
     record of kind `signs` is written only where the verdict is `recovered`, and says in its
     metadata that its signs come from data.
 
-    An interrupted search goes on where it was, when it is called again with the same arguments and
-    cache.
+    A search that was interrupted, or that recovered only a part, goes on where it was when it is
+    called again with the same cache and arguments, but perhaps more steps or time.
 
     Args:
         base: folder or Hub id of the base.
@@ -199,15 +174,15 @@ def recover(
         labels: names of the classes in the order of the head; default: the config's.
         window: tokens of an example; default: 256, or as many as the model takes.
         steps: gradient steps at most, of all searches; default: 1080.
-        time_limit: seconds, in place of `steps`; the searches take half of them at most, if one
-            pair of them does not take more.
+        time_limit: seconds, in place of `steps`; the searches take half of them at most, if the
+            fewest steps that can be checked (180 from a reading, else 360) do not take more.
         readings: names of the SVDs to try (`cpu`, `cpu-float64`, `cpu-transposed`, `numpy`; with
             CUDA also `cuda`, `cuda-gesvd`, `cuda-gesvdj`, `cuda-gesvda`); default: all.
-        random_start: search from nothing, and compute no other SVDs.
+        random_start: try no SVDs, and search from nothing.
         seed: of everything random.
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
-        dtype: `fp32`, `fp16` or `bf16`, in which the model computes; default: fp32 on the CPU, the
-            base's own on CUDA.
+        dtype: `fp32`, `fp16` or `bf16`, in which the model computes; default: bf16 on CUDA if the
+            base is, else fp32.
         batch: examples in a step.
         cache: keep bases and the state of the search on disk.
         cache_dir: folder of that cache.
@@ -245,7 +220,7 @@ def recover(
     )
     store = open_cache(cache_dir) if cache else None
     plan = replace(plan, adapter=replace(loaded, record=None))
-    found = _find_bases(plan, on, store, decompositions, tell)
+    found = find_modules(plan, on, store, decompositions, tell)
     tell("recovering: loading the base")
     compute = asked_dtype or _compute_dtype(on, plan)
     model = loader.load({}, compute, on, attention=None).model
@@ -259,36 +234,44 @@ def recover(
         pad=pad_token(loader.skeleton.config),
         rows=ROWS,
     )
-    data_sha256 = _data_sha256(Path(text))
-    run = RecoveryRun(loss, examples.train, examples.held_out, rows=batch, seed=seed, tell=tell)
-    options = (steps, time_limit, batch, seed, compute, on, examples.digest)
-    state = _state_file(store, loaded, found, options)
+    loss.scale_to(examples.train)
+    sha256 = data_sha256(Path(text))
+    matters = torch.stack([known.matters for known in found.values()])
+    run = RecoveryRun(
+        loss, examples.train, examples.held_out, matters, rows=batch, seed=seed, tell=tell
+    )
+    state = _state_file(store, loaded, found, (batch, seed, compute, on, examples.digest))
     outcome = run.carry_out(
         {
             name: torch.stack([known.signs[name] for known in found.values()])
             for name in decompositions
         },
-        torch.stack([known.matters for known in found.values()]),
         steps=steps,
         time_limit=time_limit,
         file=state,
     )
-    modules = _judged(found, outcome)
-    verdict, reason, settled = _verdict(outcome, modules)
-    signs = _signs(loaded, found, outcome.polished.signs)
+    polished = outcome.polished
+    modules = tuple(
+        judged(module, costs, polished.targets, known.matters, len(known.cluster))
+        for (module, known), costs in zip(found.items(), polished.costs, strict=True)
+    )
+    verdict, reason = judge(outcome, modules)
+    settled = settled_share(modules)
+    signs = _signs(loaded, found, polished.signs)
+    start_loss = outcome.start.mean if outcome.start is not None else None
     path = None
     if verdict == "recovered":
         mark = Recovery(
             examples.words,
-            data_sha256,
+            sha256,
             outcome.base.mean,
-            outcome.start.mean,
+            start_loss,
             outcome.held_out.mean,
             settled,
             seed,
         )
         path = _write(plan, loaded, found, signs, mark, on, output, overwrite)
-    if state is not None:
+    if state is not None and verdict == "recovered":
         state.remove()
     return RecoveryReport(
         verdict=verdict,
@@ -297,9 +280,9 @@ def recover(
         modules=modules,
         data=examples.words,
         base_loss=outcome.base.mean,
-        start_loss=outcome.start.mean,
+        start_loss=start_loss,
         loss=outcome.held_out.mean,
-        train_loss=outcome.polished.loss,
+        train_loss=polished.loss,
         readings=outcome.readings,
         start=outcome.start_name,
         returned=outcome.returned,
@@ -308,30 +291,8 @@ def recover(
         seconds=time.monotonic() - began,
         peak_bytes=_peak_bytes(on),
         signs=signs,
-        evidence=dict(zip(found, outcome.polished.costs, strict=True)),
+        evidence=dict(zip(found, polished.costs, strict=True)),
     )
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is known of one module before the search.
-
-    Attributes:
-        basis: A and B of its weight with the signs of one SVD, float32, CPU.
-        next_value: σ_{r+1}.
-        origin: the weight.
-        matters: which signs can be pinned down, and change ΔW by more than rounding W to its
-            dtype does (bool, r).
-        cluster: indices of the vectors that no sign can pin down.
-        signs: name of each reading → its signs against `basis` (±1, r).
-    """
-
-    basis: Basis
-    next_value: float
-    origin: BaseTensor
-    matters: Tensor
-    cluster: Tensor
-    signs: Mapping[str, Tensor]
 
 
 def _opened(
@@ -386,6 +347,8 @@ def _check_options(
 ) -> None:
     if random_start and readings is not None:
         raise UsageError("readings and random-start: give one of them")
+    if readings is not None and not readings:
+        raise UsageError("readings: name one at least, or ask for a random start")
     if steps is not None and time_limit is not None:
         raise UsageError("steps and time: give one of them")
     least = LONG_STEPS if random_start else SHORT_STEPS
@@ -397,75 +360,17 @@ def _check_options(
         raise UsageError(f"batch {batch}: at least 1 is needed")
 
 
-def _find_bases(
-    plan: MergePlan,
-    device: torch.device,
-    cache: BasisCache | None,
-    decompositions: dict[str, Decompose],
-    tell: Note,
-) -> dict[str, _Known]:
-    """Each module's basis, and what every decomposition says of its signs."""
-    adapter = plan.adapter
-    assert isinstance(adapter, SubspaceAdapter)
-    options, cpu = adapter.basis_options, torch.device("cpu")
-    finder = BasisFinder(adapter, device=device, cache=cache)
-    found = {}
-    with BaseReader(plan) as reader:
-        for number, tensor in enumerate(plan.targets, 1):
-            assert tensor.module is not None
-            weight = reader.target(tensor)
-            here = finder.find(tensor.module, weight.as_trained, weight.trained.sha256)
-            assert here.basis is not None and here.next_value is not None
-            basis = here.basis.to(cpu)
-            single = weight.as_trained.to(device, torch.float32)
-            read = {n: read_signs(single, basis, options, d) for n, d in decompositions.items()}
-            for name in [name for name, signs in read.items() if signs is None]:
-                tell(f"the SVD '{name}' failed for '{tensor.module}', and is left away")
-                del decompositions[name]
-            changes = _changes_by_flip(basis, adapter, tensor.module)
-            matters = changes >= _rounding(weight.as_trained)
-            cluster = inseparable(basis_values(basis, options), here.next_value)
-            matters[cluster.long()] = False
-            found[tensor.module] = _Known(
-                basis,
-                here.next_value,
-                weight.trained,
-                matters,
-                cluster,
-                {name: signs for name, signs in read.items() if signs is not None},
-            )
-            tell(f"reading signs: {number} of {len(plan.targets)} weights")
-    return found
-
-
-def _rounding(weight: Tensor) -> float:
-    """Norm of what rounding a weight to its dtype changes: errors even over half a unit."""
-    units = unit_in_last_place(weight.double(), weight.dtype)
-    return math.sqrt(float(units.square().sum()) / 12)
-
-
 def _compute_dtype(device: torch.device, plan: MergePlan) -> torch.dtype:
-    if device.type == "cpu":
-        return torch.float32
     entry = plan.targets[0].entry
     assert entry is not None
-    return TORCH_DTYPES[entry.dtype]
-
-
-def _data_sha256(path: Path) -> str:
-    """Of a file, or of all files under a folder in order of their names."""
-    if path.is_file():
-        return file_sha256(path, UsageError)
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path)}\0{file_sha256(file, UsageError)}\n".encode())
-    return digest.hexdigest()
+    is_narrow = device.type == "cuda" and TORCH_DTYPES[entry.dtype] == torch.bfloat16
+    return torch.bfloat16 if is_narrow else torch.float32
 
 
 def _state_file(
     cache: BasisCache | None,
     adapter: SubspaceAdapter,
-    found: Mapping[str, _Known],
+    found: Mapping[str, KnownModule],
     options: Sequence[object],
 ) -> StateFile | None:
     """Where the search of these arguments is kept."""
@@ -488,74 +393,8 @@ def _sign_bits(basis: Basis) -> str:
     return hashlib.sha256((basis.a > 0).numpy().tobytes()).hexdigest()
 
 
-def _judged(found: Mapping[str, _Known], outcome: Outcome) -> tuple[RecoveredModule, ...]:
-    """Each module's signs in classes."""
-    judged = []
-    for (module, known), costs in zip(found.items(), outcome.polished.costs, strict=True):
-        settled = known.matters & (costs >= SETTLED)
-        doubt = known.matters & ~settled
-        judged.append(
-            RecoveredModule(
-                module,
-                len(costs),
-                int(settled.sum()),
-                len(costs) - int(known.matters.sum()) - len(known.cluster),
-                int(doubt.sum()),
-                float(costs[doubt].abs().sum()) / outcome.polished.targets,
-                len(known.cluster),
-            )
-        )
-    return tuple(judged)
-
-
-def _changes_by_flip(basis: Basis, adapter: SubspaceAdapter, module: str) -> Tensor:
-    """‖ΔW with one sign flipped − ΔW‖, Frobenius, of each sign (r, float64).
-
-    A flip negates row and column i of R but for the diagonal; rows of A, and columns of B, are
-    orthogonal.
-    """
-    turn = rotation(adapter.rotations[module]).fill_diagonal_(0)
-    left = adapter.basis_options.scaling * torch.linalg.vector_norm(basis.b.double(), dim=0)
-    right = torch.linalg.vector_norm(basis.a.double(), dim=1)
-    squares = (left[:, None] * turn * right[None, :]).square()
-    changes: Tensor = 2 * (squares.sum(0) + squares.sum(1)).sqrt()
-    return changes
-
-
-def _verdict(outcome: Outcome, modules: Sequence[RecoveredModule]) -> tuple[Verdict, str, float]:
-    """The verdict, why, and the settled signs among those that matter."""
-    settled = sum(module.settled for module in modules)
-    doubt = sum(module.in_doubt for module in modules)
-    share = settled / (settled + doubt) if settled + doubt else 0.0
-    if not settled + doubt:
-        return "not", "no sign matters: the adapter turns nothing by more than rounding", share
-    base, found = outcome.base.mean, outcome.held_out.mean
-    if not outcome.is_below_base:
-        why = (
-            f"the held-out loss, {found:.4g}, is not surely below the base's, {base:.4g}: another "
-            "base than trained, text of another task, or too little data"
-        )
-        return "not", why, share
-    costs = outcome.polished.costs.abs()
-    risk = float((costs / (1 + costs.exp())).sum()) / outcome.polished.targets / (base - found)
-    if not outcome.returned >= outcome.needed:
-        why = (
-            f"two searches found only {outcome.returned:.1%} of the signs that matter alike "
-            f"({outcome.needed:.0%} is needed); give more data or more steps"
-        )
-        return "partly", why, share
-    if not risk <= _LEFT_OPEN:
-        why = (
-            f"{doubt} signs in doubt may cost {risk:.1%} of the gain ({_LEFT_OPEN:.0%} is the "
-            "limit); give more data"
-        )
-        return "partly", why, share
-    why = f"held-out loss {found:.4g} against the base's {base:.4g}"
-    return "recovered", why, share
-
-
 def _signs(
-    adapter: SubspaceAdapter, found: Mapping[str, _Known], signs: Tensor
+    adapter: SubspaceAdapter, found: Mapping[str, KnownModule], signs: Tensor
 ) -> dict[str, SignRecord]:
     """The signs found, as a record holds them."""
     return {
@@ -571,7 +410,7 @@ def _signs(
 def _write(
     plan: MergePlan,
     adapter: SubspaceAdapter,
-    found: Mapping[str, _Known],
+    found: Mapping[str, KnownModule],
     signs: Mapping[str, SignRecord],
     mark: Recovery,
     device: torch.device,

@@ -1,6 +1,7 @@
 """Recovering signs: the relaxation, the search, the verdict, and the way to a merged checkpoint."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +33,14 @@ from psoft_export.recovery.polish import crossed, polish
 from psoft_export.recovery.readings import known_readings
 from psoft_export.recovery.run import SHORT_STEPS
 from psoft_export.recovery.run import STEPS as DEFAULT_STEPS
-from psoft_export.recovery.search import Cycle, SignSearch, agreement, same_signs
+from psoft_export.recovery.search import (
+    Cycle,
+    SignSearch,
+    agreement,
+    agreement_by_chance,
+    same_signs,
+)
+from psoft_export.recovery.significance import least_sure
 from psoft_export.recovery.state import StateFile
 from tests.machines import numpy_svd, pretend
 from tests.planted import Planted, plant
@@ -95,10 +103,36 @@ def test_without_signs_a_strict_rotation_is_the_identity() -> None:
 def test_agreement_knows_no_sign_of_a_whole_layer() -> None:
     first = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, -1]])
     second = first * torch.tensor([[-1.0], [1]])
-    assert agreement(first, second) == 1
+    every = first.abs() > 0
+    assert agreement(first, second, every) == 1
     second[0, 0] *= -1
-    assert same_signs(first, second)[0].tolist() == [False, True, True, True]
-    assert agreement(first, second) == 7 / 8
+    assert same_signs(first, second, every)[0].tolist() == [False, True, True, True]
+    assert agreement(first, second, every) == 7 / 8
+
+
+def test_what_does_not_matter_says_nothing_of_a_layers_sign() -> None:
+    matters = torch.arange(9)[None] < 4
+    first = torch.ones(1, 9)
+    second = torch.where(matters, 1.0, -1.0)
+    assert agreement(first, second, matters) == 1
+    assert same_signs(first, second, matters)[0].tolist() == matters[0].tolist()
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(1, 1.0), (2, 0.75), (3, 0.75), (6, 0.65625)])
+def test_signs_agree_by_chance(count: int, wanted: float) -> None:
+    every = torch.ones(3, count, dtype=torch.bool)
+    assert agreement_by_chance(every) == wanted
+
+
+@pytest.mark.parametrize("count", [2, 3, 6, 10, 11, 30])
+def test_few_examples_must_gain_more_surely(count: int) -> None:
+    # Student's t: the chance of more, by the density's integral, is that of 3 normal errors.
+    freedom = count - 1
+    x = torch.logspace(math.log10(least_sure(count)), 9, 2_000_001, dtype=torch.float64)
+    height = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    density = math.exp(height) / math.sqrt(freedom * math.pi)
+    tail = density * torch.trapezoid((1 + x.square() / freedom) ** (-(freedom + 1) / 2), x)
+    assert float(tail) == pytest.approx(math.erfc(3 / math.sqrt(2)) / 2, rel=0.07)
 
 
 class Couplings:
@@ -106,6 +140,7 @@ class Couplings:
 
     def __init__(self, truth: Tensor, noise: float = 0.0) -> None:
         self.truth = couplings(truth)
+        self.every = torch.ones_like(truth, dtype=torch.bool)
         generator = torch.Generator().manual_seed(2)
         # Small, as what one example says of one coupling is.
         self.weights = 0.01 * (torch.rand(self.truth.shape, generator=generator) + 0.1)
@@ -135,11 +170,11 @@ def test_the_search_finds_planted_signs(start: str) -> None:
     loss: Any = Couplings(truth)
     plan = [Cycle("one", 60, hardens=False), Cycle("one", 40, hardens=True)]
     starts = {} if start == "nothing" else {"one": wrong}
-    search = SignSearch(loss, range(30), plan, starts=starts, rows=5, seed=1)
+    search = SignSearch(loss, range(30), plan, starts=starts, matters=loss.every, rows=5, seed=1)
     steps = []
     for _ in plan:
         search.run_cycle(steps.append)
-    assert agreement(search.state.found["one"], truth) == 1
+    assert agreement(search.state.found["one"], truth, loss.every) == 1
     assert search.steps == len(steps) == 100
     assert steps[-1].undecided == 0
 
@@ -155,7 +190,8 @@ def test_a_search_goes_on_where_it_was_and_repeats_by_its_seed(tmp_path: Path) -
         return search
 
     def new(**options: Any) -> SignSearch:
-        return SignSearch(loss, range(30), plan, starts={}, rows=5, seed=1, **options)
+        shared = {"starts": {}, "matters": loss.every, "rows": 5, "seed": 1}
+        return SignSearch(loss, range(30), plan, **shared, **options)
 
     file = StateFile(tmp_path, "00")
     file.write(run_on(new(), 2).state)
@@ -178,7 +214,7 @@ def test_layers_are_taken_from_whichever_search_has_them_right() -> None:
     first[0, :4] *= -1
     second[2, 3:] *= -1
     found, lost = crossed(loss, range(30), first, second)
-    assert agreement(found, truth) == 1
+    assert agreement(found, truth, loss.every) == 1
     assert lost == pytest.approx(loss.losses(range(30), truth).mean)
 
 
@@ -193,7 +229,7 @@ def test_the_polish_flips_signs_alone_and_in_groups(wrong: list[int]) -> None:
     signs = truth.clone()
     signs[1, wrong] *= -1
     found = polish(loss, range(30), signs, 6, lambda _: None)
-    assert agreement(found.signs, truth) == 1
+    assert agreement(found.signs, truth, loss.every) == 1
     assert found.flipped in (len(wrong), 12 - len(wrong))
     assert (found.costs > 0).all()
 

@@ -96,9 +96,8 @@ class Recovery:
     Attributes:
         data: what they were recovered from, in words; never a path.
         data_sha256: SHA-256 of that file, or of names and files of a folder in their order.
-        base_loss: held-out loss of the base, in nats a target (squared error of a head of one
-            number).
-        start_loss: held-out loss with the best of the SVDs that were tried first.
+        base_loss: held-out loss of the base, in nats a target (`RecoveryReport` says more).
+        start_loss: held-out loss with the best of the SVDs that were tried first, if any was.
         loss: held-out loss with the signs recorded.
         settled: share of the signs that matter which the data settle.
         seed: of the search.
@@ -108,7 +107,7 @@ class Recovery:
     data: str
     data_sha256: str
     base_loss: float
-    start_loss: float
+    start_loss: float | None
     loss: float
     settled: float
     seed: int
@@ -118,10 +117,10 @@ class Recovery:
     def words(self) -> str:
         """All of it that a report should repeat."""
         whose = f" of '{self.adapter}'" if self.adapter else ""
+        start = f", at the start {self.start_loss:.4g}" if self.start_loss is not None else ""
         return (
             f"signs{whose} recovered from data, not recorded in training ({self.settled:.1%} "
-            f"settled; held-out loss {self.loss:.4g}, base {self.base_loss:.4g}, "
-            f"at the start {self.start_loss:.4g})"
+            f"settled; held-out loss {self.loss:.4g}, base {self.base_loss:.4g}{start})"
         )
 
 

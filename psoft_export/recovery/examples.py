@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoImageProcessor
 
+from psoft_export.checkpoint.reader import file_sha256
 from psoft_export.errors import MissingExtraError, UnsupportedError, UsageError, first_line
 from psoft_export.model.skeleton import Skeleton, mapped_classes
 from psoft_export.verification.inputs import decoder_start_token, needed_tokenizer
@@ -455,3 +456,13 @@ def collate(rows: Sequence[Example], pad: int) -> tuple[dict[str, Tensor], Tenso
 
 def _padded(parts: Sequence[Tensor], fill: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_value=fill)
+
+
+def data_sha256(path: Path) -> str:
+    """Of a file, or of all files under a folder in order of their names."""
+    if path.is_file():
+        return file_sha256(path, UsageError)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{file_sha256(file, UsageError)}\n".encode())
+    return digest.hexdigest()

@@ -23,7 +23,7 @@ from psoft_export.recovery.search import same_signs
 from psoft_export.recovery.task_loss import TaskLoss
 
 SETTLED = math.log(1000)  # nats by which the data speak for a sign
-ROUNDS = 6  # of the polish at most
+_ROUNDS = 6  # of the polish at most
 _TRIED = 48  # flips a round of the polish
 _SCREENED = 3  # of so many examples one tells whether a change is worth running the others
 _FEW_KEPT = 2  # flips of a round, after which the next is not worth it
@@ -78,8 +78,18 @@ class FlipSlopes:
         return cls(torch.cat(entries), len(examples) / len(chosen))
 
     def costs(self) -> Tensor:
-        """What flipping each sign alone would cost, in nats over all targets (modules × r)."""
-        return self._predicted(self.entries.sum(-1).double(), 0)
+        """What flipping each sign alone would cost, in nats over all targets (modules × r).
+
+        Where these are not all examples: so much of it as is beyond two standard errors of the
+        choice.
+        """
+        alone = self.entries.sum(-1).double()
+        costs = self._predicted(alone, 0)
+        if self.scale > 1:
+            spread = (alone + alone.square() / 2).std(0)
+            errors = spread * self.scale * math.sqrt(len(alone) * (1 - 1 / self.scale))
+            costs = costs.sign() * (costs.abs() - 2 * errors).clamp_min(0)
+        return costs
 
     def groups(self, layer: int) -> list[tuple[float, list[int]]]:
         """Groups of one layer's signs that may be worth flipping together, with their costs.
@@ -136,7 +146,7 @@ class Trials:
         """What the examples lose, in nats a target."""
         return float(self._sums.sum()) / self.targets
 
-    def change(self, layer: int, signs: Tensor) -> float:
+    def change(self, layer: int, signs: Tensor) -> tuple[float, bool]:
         """Give a layer other signs, if the examples then lose less by `SETTLED`.
 
         Args:
@@ -144,15 +154,16 @@ class Trials:
             signs: ±1 (r).
 
         Returns:
-            What it costs in nats over all targets; of what costs much, as far as a part of the
-            examples tells. Below −`SETTLED` it was kept.
+            What it costs in nats over all targets, and whether that is measured on all examples;
+            of what costs much a part of them tells enough. Below −`SETTLED` it was kept.
         """
         kept = self.signs[layer].clone()
         self.signs[layer] = signs
         sums = self._sums.clone()
         sums[::_SCREENED] = self._loss.losses(self._some, self.signs).sums
         cost = _SCREENED * float((sums - self._sums).sum())
-        if cost < SETTLED and self._others:
+        is_whole = cost < SETTLED or not self._others
+        if is_whole and self._others:
             rest = torch.arange(len(sums)) % _SCREENED > 0
             sums[rest] = self._loss.losses(self._others, self.signs).sums
             cost = float((sums - self._sums).sum())
@@ -160,7 +171,7 @@ class Trials:
             self._sums = sums
         else:
             self.signs[layer] = kept
-        return cost
+        return cost, is_whole
 
 
 def crossed(
@@ -183,7 +194,8 @@ def crossed(
     better, worse = (Trials(loss, examples, s) for s in (signs, others))
     if worse.lost < better.lost:
         better, worse = worse, better
-    differing = (~same_signs(better.signs, worse.signs)).sum(1)
+    every = torch.ones_like(signs, dtype=torch.bool)
+    differing = (~same_signs(better.signs, worse.signs, every)).sum(1)
     for layer in differing.argsort(descending=True, stable=True).tolist():
         if differing[layer]:
             better.change(layer, worse.signs[layer])
@@ -197,9 +209,9 @@ class Polished:
     Attributes:
         signs: ±1, modules × r, float32, CPU.
         costs: what flipping each costs the training examples, in nats over all their targets
-            (float64): measured where it was tried with these signs, on all or on a part of the
-            examples, else predicted.
-        flipped: how many signs the polish changed.
+            (float64): measured where it was tried with these signs, else predicted. Where a gain
+            was predicted and a part of the examples told against it, 0.
+        flipped: how many flips of signs the polish kept.
         loss: what the training examples lose, in nats a target.
         targets: how many they have.
     """
@@ -218,12 +230,13 @@ def polish(
     rows: int,
     note: Callable[[str], None],
     *,
-    rounds: int = ROUNDS,
+    rounds: int = _ROUNDS,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Polished:
-    """Flip signs, alone and in groups of a layer, as long as one gains `SETTLED` nats.
+    """Flip signs, alone and in groups of a layer, where that gains `SETTLED` nats.
 
-    What is predicted to cost least is tried first; each flip is measured before it is kept.
+    In each round what is predicted to cost least is tried, `_TRIED` flips at most, and each is
+    measured before it is kept. A round that keeps `_FEW_KEPT` or fewer is the last.
 
     Args:
         loss: the task's loss.
@@ -231,7 +244,7 @@ def polish(
         signs: ±1, modules × r.
         rows: examples at a time.
         note: told in a few words of each round.
-        rounds: at most; with 0 nothing is flipped, and the costs are predicted.
+        rounds: at most.
         is_over: whether time is up; asked between flips.
     """
     trials = Trials(loss, examples, signs)
@@ -247,13 +260,14 @@ def polish(
                 break
             turned = trials.signs[layer].clone()
             turned[members] *= -1
-            cost = trials.change(layer, turned)
+            cost, is_whole = trials.change(layer, turned)
             if cost < -SETTLED:
                 kept += 1
                 flipped += len(members)
                 measured.clear()
             elif len(members) == 1:
-                measured[layer, members[0]] = cost
+                place = layer, members[0]
+                measured[place] = cost if is_whole else max(float(costs[place]), 0.0)
         note(
             f"polishing: round {number + 1}, {kept} of {len(moves)} flips kept, loss "
             f"{trials.lost:.4g}"
@@ -266,6 +280,13 @@ def polish(
     for place, cost in measured.items():
         costs[place] = cost
     return Polished(trials.signs, costs, flipped, trials.lost, trials.targets)
+
+
+def unpolished(loss: TaskLoss, examples: Sequence[Example], signs: Tensor) -> Polished:
+    """Signs of which none matters, as they are; arguments as of `polish`."""
+    trials = Trials(loss, examples, signs)
+    costs = torch.zeros(signs.shape, dtype=torch.float64)
+    return Polished(signs, costs, 0, trials.lost, trials.targets)
 
 
 def _moves(slopes: FlipSlopes) -> list[tuple[int, list[int]]]:

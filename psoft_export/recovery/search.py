@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from psoft_export.algebra.relaxed_signs import vector_couplings
+from psoft_export.errors import NonFiniteError
 from psoft_export.recovery.examples import Example
 from psoft_export.recovery.task_loss import TaskLoss
 
@@ -59,7 +60,7 @@ class SearchState:
     Attributes:
         done: number of cycles done.
         found: name of each search → its signs (±1, modules × r, float32, CPU).
-        moved: name of each search → share of its signs that its last cycle changed.
+        moved: name of each search → share of its signs that matter which its last cycle changed.
         generator: state of the generator that everything random is drawn from.
     """
 
@@ -76,7 +77,8 @@ class Step:
     Attributes:
         step: steps done, of all searches.
         loss: of the last batch, in nats a target.
-        undecided: share of signs whose vector has less than half its length along the axis.
+        undecided: share of signs whose vector has less than one half along the axis, as all have
+            at the start of a cycle.
     """
 
     step: int
@@ -100,6 +102,7 @@ class SignSearch:
         plan: Sequence[Cycle],
         *,
         starts: Mapping[str, Tensor],
+        matters: Tensor,
         rows: int,
         seed: int,
         state: SearchState | None = None,
@@ -111,6 +114,7 @@ class SignSearch:
             examples: what is searched on.
             plan: the cycles, in order.
             starts: signs that searches start from (±1, modules × r); others start from nothing.
+            matters: which signs do (bool, modules × r).
             rows: examples in a step.
             seed: of everything random.
             state: where to go on, of a search with the same arguments.
@@ -119,6 +123,7 @@ class SignSearch:
         self._loss = loss
         self._examples = examples
         self._starts = starts
+        self._matters = matters
         self._rows = min(rows, len(examples))
         self._generator = torch.Generator().manual_seed(seed)
         if state is None:
@@ -132,11 +137,14 @@ class SignSearch:
 
         Args:
             note: told of every step.
+
+        Raises:
+            NonFiniteError: the loss, or its slope, is NaN or infinite.
         """
         cycle = self.plan[self.state.done]
         known = self.state.found.get(cycle.search, self._starts.get(cycle.search))
         signs = self._grown(self._small(known), cycle, note)
-        moved = 1.0 if known is None else 1 - agreement(signs, known)
+        moved = 1.0 if known is None else 1 - agreement(signs, known, self._matters)
         self.state = SearchState(
             self.state.done + 1,
             {**self.state.found, cycle.search: signs},
@@ -167,22 +175,27 @@ class SignSearch:
             batch = [self._examples[order.pop(0)] for _ in range(self._rows)]
             vectors = _bounded(position)
             sums, counts = self._loss.loss(batch, vector_couplings(vectors))
-            lost = sums.sum() / counts.sum()
+            lost = sums.sum()  # of a mean, slopes would be too small for half precision
             along = _along_axis(vectors)
             done = step / cycle.steps
             penalty = lost.new_zeros(())
             if cycle.hardens and done > _FREE_PART:
                 pull = _PENALTY * (done - _FREE_PART) / (1 - _FREE_PART)
-                targets = counts.sum() * len(self._examples) / len(batch)
-                penalty = pull / targets * (1 - along.square()).sum()
+                share = len(batch) / len(self._examples)
+                penalty = pull * share * (1 - along.square()).sum()
             (slope,) = torch.autograd.grad(lost + penalty, position)
+            if not slope.isfinite().all():
+                raise NonFiniteError(
+                    "the loss of a batch, or its slope, is NaN or infinite; is the dtype too "
+                    "narrow (--dtype fp32) or an example more than the model takes?"
+                )
             fall = min(1.0, (1 - done) / (1 - _RATE_FALLS))
             rate = _RATE * min(1.0, (step + 1) / _WARM_UP) * fall
             with torch.no_grad():
                 position -= rate * moments.direction(slope)
             self.steps += 1
             undecided = float((along.detach().abs() < 0.5).float().mean())
-            note(Step(self.steps, float(lost.detach()), undecided))
+            note(Step(self.steps, float(lost.detach() / counts.sum()), undecided))
         along = _along_axis(_bounded(position.detach()))
         return torch.where(along < 0, -1.0, 1.0).cpu()
 
@@ -226,17 +239,31 @@ class _LayerMoments:
         return direction
 
 
-def agreement(signs: Tensor, others: Tensor) -> float:
-    """Share of signs that are the same, up to the sign of a whole layer, which says nothing.
+def agreement(signs: Tensor, others: Tensor, matters: Tensor) -> float:
+    """Share of the signs that matter that are the same; arguments as of `same_signs`."""
+    return float(same_signs(signs, others, matters)[matters].double().mean())
+
+
+def same_signs(signs: Tensor, others: Tensor, matters: Tensor) -> Tensor:
+    """Which signs agree (bool), each layer up to its sign as a whole, which says nothing.
 
     Args:
         signs: modules × r, ±1.
         others: the same.
+        matters: which signs tell a layer's sign as a whole (bool, modules × r).
     """
-    return float(same_signs(signs, others).double().mean())
-
-
-def same_signs(signs: Tensor, others: Tensor) -> Tensor:
-    """Which signs agree, each layer up to its sign as a whole (bool); arguments as above."""
     products = signs * others
-    return products * torch.where(products.sum(1, keepdim=True) < 0, -1.0, 1.0) > 0
+    turned = (products * matters).sum(1, keepdim=True) < 0
+    return products * torch.where(turned, -1.0, 1.0) > 0
+
+
+def agreement_by_chance(matters: Tensor) -> float:
+    """What `agreement` of signs drawn at random is in the mean; the argument as above."""
+    counts = [int(count) for count in matters.sum(1)]
+    return sum(map(_largest_part, counts)) / sum(counts)
+
+
+def _largest_part(count: int) -> float:
+    """Of so many fair coins, how many show the side that more of them show, in the mean."""
+    ways = sum(math.comb(count, k) * max(k, count - k) for k in range(count + 1))
+    return float(ways / 2**count)

@@ -23,8 +23,8 @@ class Losses:
     """What was lost on some examples.
 
     Attributes:
-        sums: negative log-likelihood (squared error of a head of one number), added up over the
-            targets of each example (float64, CPU), in nats.
+        sums: negative log-likelihood, added up over the targets of each example (float64, CPU), in
+            nats; of a head of one number squared errors, as `TaskLoss.scale_to` scales them.
         counts: number of targets of each (float64, CPU).
     """
 
@@ -74,12 +74,23 @@ class TaskLoss:
         self._task = task
         self._pad = pad
         self._rows = rows
+        self._variance = 0.5  # of the numbers of a head of one; it loses error² / (2 variance)
         self._given = 0  # examples of the call that is running
         self.mixes_examples = False
         self._cores: Tensor | None = None
         for number, (path, basis) in enumerate(bases.items()):
             self._stand_beside(model.get_submodule(path), number, basis, scaling)
         self.device = model.device
+
+    def scale_to(self, examples: Sequence[Example]) -> None:
+        """Let squared errors of a head of one number count by twice the base's mean on examples.
+
+        They are then, but for a constant, the negative log-likelihood of a normal variable of that
+        variance, in nats, whatever the unit of the numbers. Other losses are nats already.
+        """
+        if examples[0].targets.is_floating_point():
+            mean_square = 2 * self._variance * self.losses(examples, None).mean
+            self._variance = max(mean_square, torch.finfo(torch.float32).tiny)
 
     def loss(self, examples: Sequence[Example], coupled: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of each example and number of its targets, differentiable in the couplings.
@@ -136,7 +147,8 @@ class TaskLoss:
         logits = self._model(**moved).logits.float()
         targets = targets.to(self.device)
         if targets.is_floating_point():
-            return (logits[:, 0] - targets).square(), torch.ones_like(targets)
+            errors = (logits[:, 0] - targets).square()
+            return errors / (2 * self._variance), torch.ones_like(targets)
         if self._task == "causal":
             logits, targets = logits[:, :-1], targets[:, 1:]
         lost = nn.functional.cross_entropy(

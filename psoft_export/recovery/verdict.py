@@ -1,0 +1,92 @@
+"""What a recovery's outcome says of each module's signs, and of the whole."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from psoft_export.recovery.polish import SETTLED
+from psoft_export.recovery.run import Outcome
+
+Verdict = Literal["recovered", "partly", "not"]
+
+_LEFT_OPEN = 0.02  # share of the gain that signs in doubt may cost in the mean
+
+
+@dataclass(frozen=True)
+class RecoveredModule:
+    """What is known of the signs of one module.
+
+    Attributes:
+        module: module path, as the adapter names it.
+        rank: r.
+        settled: number of signs whose flip would cost the data 1000 : 1 or more.
+        immaterial: number of signs whose flip changes ΔW by less than rounding W to its dtype.
+        in_doubt: number of the others.
+        at_stake: what those in doubt may cost, in nats a target: of each, what it costs if it is
+            wrong times the chance that it is, added up.
+        out_of_reach: number of vectors that near-equal singular values let no sign pin down; the
+            record holds this machine's.
+    """
+
+    module: str
+    rank: int
+    settled: int
+    immaterial: int
+    in_doubt: int
+    at_stake: float
+    out_of_reach: int
+
+
+def judged(
+    module: str, costs: Tensor, targets: float, matters: Tensor, out_of_reach: int
+) -> RecoveredModule:
+    """A module's signs in classes.
+
+    Args:
+        module: its path.
+        costs: what flipping each sign costs the data, in nats over all targets (r).
+        targets: how many these are.
+        matters: which signs do (bool, r).
+        out_of_reach: how many vectors no sign pins down.
+    """
+    settled = matters & (costs >= SETTLED)
+    doubt = matters & ~settled
+    open_costs = costs[doubt].double()
+    # With cost c the data speak e^c : 1 for a sign; if it is wrong it costs |c|.
+    at_stake = float((open_costs.abs() / (1 + open_costs.exp())).sum()) / targets
+    immaterial = len(costs) - int(matters.sum()) - out_of_reach
+    counts = int(settled.sum()), immaterial, int(doubt.sum())
+    return RecoveredModule(module, len(costs), *counts, at_stake, out_of_reach)
+
+
+def settled_share(modules: Sequence[RecoveredModule]) -> float:
+    """The settled signs among those that matter; 0 where none does."""
+    settled = sum(module.settled for module in modules)
+    return settled / max(1, settled + sum(module.in_doubt for module in modules))
+
+
+def judge(outcome: Outcome, modules: Sequence[RecoveredModule]) -> tuple[Verdict, str]:
+    """The verdict, and why."""
+    doubt = sum(module.in_doubt for module in modules)
+    if not doubt + sum(module.settled for module in modules):
+        return "not", "no sign matters: the adapter turns nothing by more than rounding"
+    base, found = outcome.base.mean, outcome.held_out.mean
+    if not outcome.is_below_base:
+        return "not", (
+            f"the held-out loss, {found:.4g}, is not surely below the base's, {base:.4g}: another "
+            "base than trained, text of another task, or too little data"
+        )
+    if outcome.returned < outcome.needed:
+        return "partly", (
+            f"two searches found only {outcome.returned:.1%} of the signs that matter alike "
+            f"({outcome.needed:.0%} is needed); give more data or more steps"
+        )
+    risk = sum(module.at_stake for module in modules) / (base - found)
+    if risk > _LEFT_OPEN:
+        return "partly", (
+            f"{doubt} signs in doubt may cost {risk:.1%} of the gain ({_LEFT_OPEN:.0%} is the "
+            "limit); give more data"
+        )
+    return "recovered", f"held-out loss {found:.4g} against the base's {base:.4g}"
