@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from psoft_export.errors import UnsupportedError, UsageError
@@ -60,6 +61,38 @@ def test_of_prompt_and_completion_only_the_completion_counts(tmp_path: Path) -> 
     end = causal().config.eos_token_id
     assert counted.tolist() == [ord("0"), end]
     assert example.inputs["input_ids"].tolist() == [*b"2 + 2 = 0", end]
+
+
+def test_texts_begin_as_the_tokenizer_lets_them(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    begin, end = ord("^"), ord("~")
+    tokens = [(tokenizer.convert_ids_to_tokens(token), token) for token in (begin, end)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokens[0][0]} $A {tokens[1][0]}", special_tokens=tokens
+    )
+    tokenizer.chat_template = (
+        f"{tokens[0][0]}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}"
+    )
+    tokenizer.save_pretrained(folder)
+    text = tmp_path / "task.txt"
+    text.write_text(TEXT)
+    example = read_examples(text, causal(), folder, window=64).train[1]
+    assert example.inputs["input_ids"].tolist() == [begin, *TEXT[64:128].encode()]
+    rows = [{"prompt": "2 + ", "completion": f"{number}"} for number in range(10)]
+    example = read_examples(written(tmp_path / "a.jsonl", rows), causal(), folder).train[0]
+    ends = causal().config.eos_token_id
+    assert example.inputs["input_ids"].tolist() == [begin, *b"2 + 0", ends]
+    assert example.targets.tolist() == [IGNORED] * 5 + [*b"0", ends]
+    chats = [{"messages": [{"role": "user", "content": f"hi {n}"}]} for n in range(10)]
+    example = read_examples(written(tmp_path / "b.jsonl", chats), causal(), folder).train[0]
+    assert example.inputs["input_ids"].tolist() == [begin, *b"hi 0"]
+    config = FAMILIES["t5"].config()
+    config.vocab_size, config.eos_token_id = 300, end
+    skeleton = Skeleton(transformers.T5ForConditionalGeneration, config)
+    example = read_examples(written(tmp_path / "c.jsonl", rows), skeleton, folder).train[0]
+    assert example.inputs["input_ids"].tolist() == [begin, *b"2 + ", end]
+    assert example.targets.tolist() == [begin, *b"0", end]
 
 
 def test_messages_are_rendered_by_the_chat_template(tmp_path: Path) -> None:

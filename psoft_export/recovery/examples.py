@@ -32,7 +32,6 @@ FEWEST = 10  # examples: one in five is held out, and two say little
 _SHARE_MASKED = 0.15  # of the tokens of a masked model's example (BERT's share)
 _HELD_OUT_EVERY = 5
 _SPARE_POSITIONS = 2  # RoBERTa's first two are never a token's
-_ENDS = 2  # tokens around a masked model's window
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _TASKS: tuple[tuple[Task, Any], ...] = (
     ("causal", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -105,6 +104,9 @@ def read_examples(
     - masked: text, or JSONL with `text`; 15 % of the tokens are masked;
     - sequence classification: JSONL or CSV with `text`, perhaps `text_pair`, and `label`;
     - image classification: a folder with one folder of images for each label.
+
+    Texts begin, and for all but causal models end, with the tokens that the tokenizer itself adds;
+    what a chat template rendered has them already.
 
     Args:
         path: the file or folder.
@@ -235,7 +237,10 @@ class _TextReader:
         self._start = decoder_start_token(config)
         self._end = getattr(config, "eos_token_id", None)
         self._generator = torch.Generator().manual_seed(seed)
-        self.window = _window(config, window, _ENDS if task == "masked" else 0)
+        self._first, self._last = _added(self._tokenizer)
+        if task == "causal":
+            self._last = []
+        self.window = _window(config, window, len(self._first) + len(self._last))
 
     def unlabelled(self) -> Iterator[Example]:
         """Examples for a model that predicts tokens."""
@@ -259,14 +264,17 @@ class _TextReader:
 
     def _of_row(self, where: str, row: Mapping[str, Any]) -> Iterator[Example]:
         if "prompt" in row:
-            prompt = self._rendered(row["prompt"], where)
-            completion = self._rendered(row.get("completion"), where)
-            yield self._of_pair(self._tokens(prompt), self._tokens(completion))
+            prompt = self._tokens(self._rendered(row["prompt"], where))
+            completion = self._tokens(self._rendered(row.get("completion"), where))
+            begins = self._task == "seq2seq" or isinstance(row["prompt"], str)
+            yield self._of_pair(prompt, completion, begins=begins)
         elif "messages" in row:
-            yield from self._windows(self._rendered(row["messages"], where))
+            tokens = self._tokens(self._rendered(row["messages"], where))
+            for part in torch.split(tokens, self.window):
+                yield self._of_text(part, begins=False)
         else:
             text = _field(row, "text", where, "'text', 'messages', or 'prompt' and 'completion'")
-            yield from self._windows(text)
+            yield from map(self._of_text, torch.split(self._tokens(text), self.window))
 
     def _of_whole(self, text: str) -> Iterator[Example]:
         """Windows of a text, without what is left at its end."""
@@ -278,9 +286,6 @@ class _TextReader:
             )
         whole = tokens[: len(tokens) // self.window * self.window]
         return map(self._of_text, torch.split(whole, self.window))
-
-    def _windows(self, text: str) -> Iterator[Example]:
-        return map(self._of_text, torch.split(self._tokens(text), self.window))
 
     def _rendered(self, said: Any, where: str) -> str:
         """A string as it is; a list of messages by the chat template."""
@@ -297,29 +302,41 @@ class _TextReader:
                 f"{where}: the chat template cannot render it ({first_line(cause)})"
             ) from cause
 
-    def _of_text(self, tokens: Tensor) -> Example:
+    def _of_text(self, tokens: Tensor, *, begins: bool = True) -> Example:
+        """An example of a window of text, with the tokens added at its beginning if it has one."""
         if self._task == "seq2seq":
             half = max(1, len(tokens) // 2)
             return self._of_pair(tokens[:half], tokens[half:])
         if self._task == "masked":
             return self._masked(tokens)
+        tokens = self._between(tokens) if begins else tokens
         return Example({"input_ids": tokens}, tokens)
 
-    def _of_pair(self, prompt: Tensor, completion: Tensor) -> Example:
+    def _of_pair(self, prompt: Tensor, completion: Tensor, *, begins: bool = True) -> Example:
         """An example of which only the completion counts."""
-        if self._end is not None:
-            ends = self._end if isinstance(self._end, list) else [self._end]
-            completion = torch.cat([completion, torch.tensor(ends[:1])])
-        completion = completion[: self.window]
         if self._task == "seq2seq":
-            shifted = torch.cat([torch.tensor([self._start]), completion[:-1]])
-            inputs = {"input_ids": prompt[: self.window], "decoder_input_ids": shifted}
-            return Example(inputs, completion)
+            answer = self._ended(self._between(completion[: self.window]))
+            shifted = torch.cat([torch.tensor([self._start]), answer[:-1]])
+            asked = self._between(prompt[: self.window])
+            return Example({"input_ids": asked, "decoder_input_ids": shifted}, answer)
+        completion = self._ended(completion)[: self.window]
         kept = prompt[max(0, len(prompt) + len(completion) - self.window) :]
-        tokens = torch.cat([kept, completion])[: self.window]
+        kept = self._between(kept) if begins else kept
+        tokens = torch.cat([kept, completion])
         targets = tokens.clone()
-        targets[: len(tokens) - len(completion)] = IGNORED
+        targets[: len(kept)] = IGNORED
         return Example({"input_ids": tokens}, targets)
+
+    def _between(self, tokens: Tensor) -> Tensor:
+        """Tokens of a text between those that the tokenizer adds."""
+        return torch.cat([tokens.new_tensor(self._first), tokens, tokens.new_tensor(self._last)])
+
+    def _ended(self, tokens: Tensor) -> Tensor:
+        """An answer with the token that ends it, if the model has one."""
+        ends = self._end if isinstance(self._end, list) else [self._end]
+        if ends[0] is None or (len(tokens) and int(tokens[-1]) in ends):
+            return tokens
+        return torch.cat([tokens, tokens.new_tensor(ends[:1])])
 
     def _masked(self, tokens: Tensor) -> Example:
         mask = self._tokenizer.mask_token_id
@@ -327,11 +344,10 @@ class _TextReader:
             raise UsageError(f"{self._path}: the tokenizer has no mask token")
         hidden = torch.rand(len(tokens), generator=self._generator) < _SHARE_MASKED
         hidden[int(torch.randint(len(tokens), (), generator=self._generator))] = True
-        ends = (self._tokenizer.cls_token_id, self._tokenizer.sep_token_id)
-        first, last = ([t] if t is not None else [] for t in ends)
-        ids = torch.tensor([*first, *tokens.masked_fill(hidden, int(mask)).tolist(), *last])
+        ids = self._between(tokens.masked_fill(hidden, int(mask)))
         targets = torch.full_like(ids, IGNORED)
-        targets[len(first) : len(first) + len(tokens)] = tokens.masked_fill(~hidden, IGNORED)
+        first = len(self._first)
+        targets[first : first + len(tokens)] = tokens.masked_fill(~hidden, IGNORED)
         return Example({"input_ids": ids}, targets)
 
     def _tokens(self, text: str) -> Tensor:
@@ -351,6 +367,16 @@ class _TextReader:
 
 
 _TOKEN_ARGUMENTS = ("input_ids", "token_type_ids")
+
+
+def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer adds by itself before a text, and behind it."""
+    whole = tokenizer("a").input_ids
+    alone = tokenizer("a", add_special_tokens=False).input_ids
+    for first in range(len(whole) - len(alone) + 1):
+        if whole[first : first + len(alone)] == alone:
+            return whole[:first], whole[first + len(alone) :]
+    return [], []
 
 
 def _window(config: Any, asked: int | None, ends: int) -> int:
