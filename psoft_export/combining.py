@@ -477,12 +477,13 @@ class _Combiner:
 
     @property
     def _recovered(self) -> Recovery | None:
-        """The mark of the first adapter whose signs were recovered from data, or None."""
-        for member in self._members:
-            record = member.adapter.record
-            if record is not None and record.recovered is not None:
-                return replace(record.recovered, adapter=member.name)
-        return None
+        """The mark of the adapters whose signs were recovered from data, or None."""
+        records = {member.name: member.adapter.record for member in self._members}
+        marks = {name: r.recovered for name, r in records.items() if r is not None and r.recovered}
+        if not marks:
+            return None
+        least = min(marks.values(), key=lambda mark: mark.settled)
+        return replace(least, adapter=", ".join(marks))
 
     def _reset(self) -> None:
         self._rotations: dict[str, FactoredRotation] = {}

@@ -1,6 +1,7 @@
 """The loss that signs are searched by is the loss of PEFT's model, for every kind of model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,24 @@ def test_a_loss_that_is_not_finite_stops_it(llama: Path, tmp_path: Path) -> None
     loss._model.lm_head.weight.data[3] = float("inf")
     with pytest.raises(NonFiniteError, match="the loss of an example is NaN or infinite"):
         loss.losses(_sequences(), None)
+
+
+def test_numbers_count_in_units_of_the_bases_errors(
+    base_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_folder("minilm")
+    adapter = save_adapter("minilm", base, tmp_path / "adapter")
+    psoft_export.record(base, adapter, cache=False)
+    loss = task_loss("minilm", base, adapter)
+    examples = [replace(e, targets=torch.tensor(50.0 + 9 * n)) for n, e in enumerate(_texts())]
+    signs = torch.ones(loss.rotations.shape)
+    errors, found = loss.losses(examples, None), loss.losses(examples, signs)
+    assert errors.mean > 1000
+    for _ in range(2):
+        loss.scale_to(examples)
+        assert loss.losses(examples, None).mean == pytest.approx(0.5)
+        scaled = found.sums / (2 * errors.mean)
+        assert torch.allclose(loss.losses(examples, signs).sums, scaled)
 
 
 def test_each_example_may_have_signs_of_its_own(llama: Path, tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ class Recovery:
         loss: held-out loss with the signs recorded.
         settled: share of the signs that matter which the data settle.
         seed: of the search.
-        adapter: of a combination: the adapter whose signs these are; else empty.
+        adapter: of a combination: the adapters whose signs were recovered, of which these are the
+            figures of the one with the fewest settled; else empty.
     """
 
     data: str
