@@ -40,7 +40,7 @@ from psoft_export.errors import (
 )
 from psoft_export.opening import check_apart, open_plan
 from psoft_export.plan import MergePlan
-from psoft_export.recovery.examples import data_sha256, read_examples
+from psoft_export.recovery.examples import Examples, data_sha256, read_examples
 from psoft_export.recovery.modules import KnownModule, find_modules
 from psoft_export.recovery.readings import chosen_readings
 from psoft_export.recovery.run import LONG_STEPS, ROWS, SHORT_STEPS, RecoveryRun
@@ -223,18 +223,7 @@ def recover(
     found = find_modules(plan, on, store, decompositions, tell)
     tell("recovering: loading the base")
     compute = asked_dtype or _compute_dtype(on, plan)
-    model = loader.load({}, compute, on, attention=None).model
-    rotations = [loaded.rotations[module] for module in found]
-    loss = TaskLoss(
-        model,
-        examples.task,
-        RelaxedSigns(rotations, on),
-        {loader.skeleton.module_path(m): known.basis for m, known in found.items()},
-        loaded.basis_options.scaling,
-        pad=pad_token(loader.skeleton.config),
-        rows=ROWS,
-    )
-    loss.scale_to(examples.train)
+    loss = _task_loss(loader, loaded, found, examples, compute, on)
     sha256 = data_sha256(Path(text))
     matters = torch.stack([known.matters for known in found.values()])
     run = RecoveryRun(
@@ -365,6 +354,29 @@ def _compute_dtype(device: torch.device, plan: MergePlan) -> torch.dtype:
     assert entry is not None
     is_narrow = device.type == "cuda" and TORCH_DTYPES[entry.dtype] == torch.bfloat16
     return torch.bfloat16 if is_narrow else torch.float32
+
+
+def _task_loss(
+    loader: UnmergedLoader,
+    adapter: SubspaceAdapter,
+    found: Mapping[str, KnownModule],
+    examples: Examples,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> TaskLoss:
+    """What the data lose at given signs, with the base in a dtype on a device."""
+    skeleton = loader.skeleton
+    loss = TaskLoss(
+        loader.load({}, dtype, device, attention=None).model,
+        examples.task,
+        RelaxedSigns([adapter.rotations[module] for module in found], device),
+        {skeleton.module_path(module): known.basis for module, known in found.items()},
+        adapter.basis_options.scaling,
+        pad=pad_token(skeleton.config),
+        rows=ROWS,
+    )
+    loss.scale_to(examples.train)
+    return loss
 
 
 def _state_file(
