@@ -12,9 +12,10 @@ from benchmarks.recovery import ARITHMETIC, CORPORA, QUARTER, STEPS, VARIANTS, C
 PANEL_INCHES = (3.7, 2.9)
 COLOURS = dict(zip(CORPORA, ("tab:blue", "tab:orange", "tab:green"), strict=True))
 Measure = Callable[[Result], float]
-MEASURES: tuple[tuple[str, Measure], ...] = (
-    ("right signs, %", lambda r: 100 * r.right),
-    ("held-out loss above that\nof the true signs, %", lambda r: 100 * r.above_true),
+# What is drawn upwards, with what is aimed at.
+MEASURES: tuple[tuple[str, Measure, float], ...] = (
+    ("right signs, %", lambda r: 100 * r.right, 99.5),
+    ("held-out loss above that\nof the true signs, %", lambda r: 100 * r.above_true, 0.5),
 )
 # What the panels of a column vary: the field of a case, its name, and the measure of it.
 VARIED: tuple[tuple[str, str, Measure], ...] = (
@@ -28,7 +29,8 @@ VARIED: tuple[tuple[str, str, Measure], ...] = (
 def draw(results: Sequence[Result], file: Path) -> None:
     """Draw the share of right signs, and the held-out loss, against what the study varied.
 
-    A line is one adapter from one kind of signs; a cross marks what is not `recovered`.
+    A line is one adapter from one kind of signs; a cross marks what is not `recovered`, a dotted
+    line what is aimed at. Below 1 % the scale of the loss is linear, above it logarithmic.
 
     Args:
         results: of the whole study.
@@ -39,14 +41,18 @@ def draw(results: Sequence[Result], file: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(MEASURES), len(VARIED), squeeze=False)
     for column, (varied, name, along) in enumerate(VARIED):
-        for row, (label, measure) in enumerate(MEASURES):
+        for row, (label, measure, aim) in enumerate(MEASURES):
             panel = axes[row][column]
+            if row:
+                panel.set_yscale("symlog", linthresh=1)
+                panel.yaxis.set_major_formatter("{x:g}")
             for line in _lines(results, varied, name):
                 _draw_line(panel, sorted(line, key=along), along, measure)
             if varied != "steps":
                 panel.set_xscale("log", base=2)
                 panel.xaxis.set_major_formatter("{x:g}")
             panel.set_xlabel(name)
+            panel.axhline(aim, color="black", linestyle=":", linewidth=1)
             panel.grid(alpha=0.3)
             if column == 0:
                 panel.set_ylabel(label)
