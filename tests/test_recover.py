@@ -293,6 +293,7 @@ def test_a_start_that_is_right_is_taken_as_it_is() -> None:
     found = task.run({"bad": -task.wrong((0, 1), (1, 2), (2, 3)).cumprod(1), "good": task.truth})
     assert found.start_name == "good"
     assert found.steps == SHORT_STEPS // 3
+    assert found.holds
     assert torch.equal(found.polished.signs, task.truth)
 
 
@@ -300,6 +301,7 @@ def test_a_start_with_a_few_wrong_signs_is_searched_on() -> None:
     task = Searched()
     found = task.run({"near": task.wrong((0, 1), (1, 2), (2, 3))})
     assert found.steps > SHORT_STEPS // 3
+    assert not found.holds
     assert agreement(found.polished.signs, task.truth, task.loss.every) == 1
     assert found.start is not None
     assert found.held_out.mean < found.start.mean
@@ -332,7 +334,8 @@ def an_outcome(**changes: Any) -> Any:
 
     polished = Polished(torch.ones(1, 8), torch.zeros(1, 8), 0, 1.0, 1000)
     usual = {"start": None, "readings": {}, "start_name": "", "steps": 360, "returned": 1.0}
-    fields = {"base": losses(3.0), "held_out": losses(1.0), "needed": 0.97} | usual | changes
+    usual |= {"base": losses(3.0), "held_out": losses(1.0), "needed": 0.97, "holds": False}
+    fields = usual | changes
     return Outcome(polished=polished, **fields)
 
 
@@ -358,6 +361,15 @@ def test_signs_that_the_data_speak_against_are_in_doubt(
     found, why = judge(an_outcome(), [module])
     assert found == verdict
     assert re.search(reason, why)
+
+
+def test_what_is_in_doubt_of_an_svd_that_holds_is_its_own() -> None:
+    module = judged("a", COSTS - 39, 1000, torch.ones(8, dtype=torch.bool), 0)
+    assert judge(an_outcome(), [module])[0] == "partly"
+    found, why = judge(an_outcome(holds=True, start_name="cuda"), [module])
+    assert found == "recovered"
+    assert why == "the signs of the SVD 'cuda' hold: held-out loss 1 against the base's 3"
+    assert judge(an_outcome(holds=True, returned=0.7), [module])[0] == "partly"
 
 
 def test_what_does_not_matter_is_no_risk() -> None:

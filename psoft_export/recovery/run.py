@@ -50,6 +50,7 @@ class Outcome:
         start_name: the best of the readings; empty without any.
         returned: share of the signs that matter that two searches found alike.
         needed: share that is enough.
+        holds: whether these are the signs of the best of the readings as they are.
         steps: gradient steps done.
     """
 
@@ -61,6 +62,7 @@ class Outcome:
     start_name: str
     returned: float
     needed: float
+    holds: bool
     steps: int
 
     @property
@@ -76,6 +78,7 @@ class _Found:
     polished: Polished
     returned: float
     needed: float = _RETURNED
+    holds: bool = False
 
 
 class RecoveryRun:
@@ -167,6 +170,7 @@ class RecoveryRun:
                 name,
                 found.returned,
                 found.needed,
+                found.holds,
                 search.steps,
             )
 
@@ -211,7 +215,7 @@ class RecoveryRun:
         if returned < needed:
             return None
         polished = self._polished(signs)
-        return _Found(polished, returned, needed) if not polished.flipped else None
+        return _Found(polished, returned, needed, holds=True) if not polished.flipped else None
 
     def _from_reading(self, search: SignSearch) -> _Found:
         """What short searches from a reading and from nothing come to."""

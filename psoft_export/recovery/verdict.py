@@ -83,6 +83,11 @@ def judge(outcome: Outcome, modules: Sequence[RecoveredModule]) -> tuple[Verdict
             f"two searches found only {outcome.returned:.1%} of the signs that matter alike "
             f"({outcome.needed:.0%} is needed); give more data or more steps"
         )
+    if outcome.holds:  # one SVD gave them all, so what the data cannot tell is as it gave it, too
+        return "recovered", (
+            f"the signs of the SVD '{outcome.start_name}' hold: held-out loss {found:.4g} against "
+            f"the base's {base:.4g}"
+        )
     risk = sum(module.at_stake for module in modules) / (base - found)
     if risk > _LEFT_OPEN:
         return "partly", (
