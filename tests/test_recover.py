@@ -25,6 +25,7 @@ from psoft_export.algebra.relaxed_signs import RelaxedSigns, couplings
 from psoft_export.algebra.rotation import conjugated, rotation
 from psoft_export.cli.main import run
 from psoft_export.errors import (
+    NonFiniteError,
     NotRecoveredError,
     OutputError,
     PartlyRecoveredError,
@@ -209,6 +210,16 @@ def test_a_search_goes_on_where_it_was_and_repeats_by_its_seed(tmp_path: Path) -
     assert resumed.steps == straight.steps == 80
     file.path.write_bytes(file.path.read_bytes()[:-7])
     assert file.read() is None
+
+
+def test_a_slope_that_is_not_finite_stops_a_search() -> None:
+    truth = torch.ones(2, 6)
+    loss: Any = Couplings(truth)
+    loss.noise[7] = math.nan
+    shared: dict[str, Any] = {"starts": {}, "matters": loss.every, "rows": 5, "seed": 1}
+    search = SignSearch(loss, range(30), [Cycle("one", 20, hardens=True)], **shared)
+    with pytest.raises(NonFiniteError, match="its slope, is NaN or infinite"):
+        search.run_cycle(lambda _: None)
 
 
 def test_layers_are_taken_from_whichever_search_has_them_right() -> None:
