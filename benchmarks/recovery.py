@@ -4,7 +4,7 @@ Each adapter is rewritten as if another machine had trained it (`scrambled.py`),
 recovered from text that it is not evaluated on, and its loss on held-out text is measured with the
 signs found, with the true ones, and with none (the base).
 
-    python -m benchmarks.recovery            # the table of docs/recovery.md, about half an hour
+    python -m benchmarks.recovery            # the first table of docs/recovery.md, an hour
     python -m benchmarks.recovery --study    # and all else that is there: hours
 
 Each result is kept as soon as it is measured, and a case that is kept is not run again. The study
@@ -37,7 +37,7 @@ from benchmarks.children import machine_line, say
 from benchmarks.scrambled import random_signs, right_signs, scramble
 from psoft_export.adapters.adapter import SubspaceAdapter
 from psoft_export.adapters.basis_record import write_record
-from psoft_export.algebra.rotation import rotation
+from psoft_export.algebra.rotation import rotation_angles
 from psoft_export.basis.signs import signs_at
 from psoft_export.recovery.examples import WINDOW
 from psoft_export.recovery.polish import SETTLED
@@ -124,7 +124,7 @@ class Result:
         returned: see `RecoveryReport`.
         settled: see `RecoveryReport`.
         steps: done.
-        angle: by which the rotations turn a principal direction, in degrees; the median.
+        angle: the median of the rotations' angles, in degrees.
         rank: r.
         seconds: wall time.
         peak_bytes: see `RecoveryReport`.
@@ -246,12 +246,9 @@ def _measured_in(folder: Path, case: Case) -> Result:
 
 
 def _median_angle(adapter: SubspaceAdapter) -> float:
-    """By which an adapter's rotations turn a principal direction, in degrees."""
-    cosines = []
-    for parameters in adapter.rotations.values():
-        turn = rotation(parameters)
-        cosines.append(turn.diagonal() / torch.linalg.vector_norm(turn, dim=0))
-    return float(torch.cat(cosines).clamp(-1, 1).acos().rad2deg().median())
+    """The median of the angles of an adapter's rotations, in degrees."""
+    angles = [rotation_angles(parameters) for parameters in adapter.rotations.values()]
+    return float(torch.cat(angles).rad2deg().median())
 
 
 def _planted(case: Case, adapter: Path) -> dict[str, Tensor]:

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from psoft_export.algebra.relaxed_signs import vector_couplings
-from psoft_export.errors import NonFiniteError
 from psoft_export.recovery.examples import Example
-from psoft_export.recovery.task_loss import TaskLoss
+from psoft_export.recovery.task_loss import TaskLoss, not_finite
 
 _DIMENSIONS = 16  # of a vector
 _NOISE = 0.1  # length of a vector at the start of a cycle
@@ -185,10 +184,7 @@ class SignSearch:
                 penalty = pull * share * (1 - along.square()).sum()
             (slope,) = torch.autograd.grad(lost + penalty, position)
             if not slope.isfinite().all():
-                raise NonFiniteError(
-                    "the loss of a batch, or its slope, is NaN or infinite; is the dtype too "
-                    "narrow (--dtype fp32) or an example more than the model takes?"
-                )
+                raise not_finite("the loss of a batch, or its slope,")
             fall = min(1.0, (1 - done) / (1 - _RATE_FALLS))
             rate = _RATE * min(1.0, (step + 1) / _WARM_UP) * fall
             with torch.no_grad():
@@ -259,11 +255,7 @@ def same_signs(signs: Tensor, others: Tensor, matters: Tensor) -> Tensor:
 
 def agreement_by_chance(matters: Tensor) -> float:
     """What `agreement` of signs drawn at random is in the mean; the argument as above."""
-    counts = [int(count) for count in matters.sum(1)]
-    return sum(map(_largest_part, counts)) / sum(counts)
-
-
-def _largest_part(count: int) -> float:
-    """Of so many fair coins, how many show the side that more of them show, in the mean."""
-    ways = sum(math.comb(count, k) * max(k, count - k) for k in range(count + 1))
-    return float(ways / 2**count)
+    counts = [int(count) for count in matters.sum(1) if count]
+    # Of n fair coins n/2 + n C(n − 1, ⌊n/2⌋) / 2ⁿ show, in the mean, the side that more of them do.
+    alike = (n / 2 + n * (math.comb(n - 1, n // 2) / 2**n) for n in counts)
+    return float(sum(alike) / sum(counts))

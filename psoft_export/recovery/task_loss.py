@@ -18,6 +18,14 @@ from psoft_export.errors import NonFiniteError
 from psoft_export.recovery.examples import IGNORED, Example, Task, collate
 
 
+def not_finite(what: str) -> NonFiniteError:
+    """The error that something of the loss is NaN or infinite."""
+    return NonFiniteError(
+        f"{what} is NaN or infinite; is the dtype too narrow (--dtype fp32) or an example more "
+        "than the model takes?"
+    )
+
+
 @dataclass(frozen=True)
 class Losses:
     """What was lost on some examples.
@@ -131,10 +139,7 @@ class TaskLoss:
             self._cores = None
         found = Losses(torch.cat(sums), torch.cat(counts))
         if not found.sums.isfinite().all():
-            raise NonFiniteError(
-                "the loss of an example is NaN or infinite; is the dtype too narrow (--dtype fp32) "
-                "or an example more than the model takes?"
-            )
+            raise not_finite("the loss of an example")
         return found
 
     def _run(self, arguments: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
