@@ -230,7 +230,6 @@ def polish(
     rows: int,
     note: Callable[[str], None],
     *,
-    rounds: int = _ROUNDS,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Polished:
     """Flip signs, alone and in groups of a layer, where that gains `SETTLED` nats.
@@ -244,14 +243,13 @@ def polish(
         signs: ±1, modules × r.
         rows: examples at a time.
         note: told in a few words of each round.
-        rounds: at most.
         is_over: whether time is up; asked between flips.
     """
     trials = Trials(loss, examples, signs)
     flipped, is_stale = 0, True  # whether costs are of other signs
     measured: dict[tuple[int, int], float] = {}
     costs = torch.zeros(signs.shape, dtype=torch.float64)
-    for number in range(rounds):
+    for number in range(_ROUNDS):
         slopes = FlipSlopes.at(loss, examples, trials.signs, rows)
         costs, kept = slopes.costs(), 0
         moves = _moves(slopes)
