@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from psoft_export.algebra.givens import levels, transforms
-from psoft_export.algebra.merged_weight import MergeFigures, merged_blocks, row_parts
+from psoft_export.algebra.merged_weight import WeightMerge, row_parts
 from psoft_export.algebra.parameters import GivensParameters
 from psoft_export.algebra.rounding import round_to_nearest
 from psoft_export.changes.givens import GivensTransform
@@ -24,7 +24,7 @@ from psoft_export.verification.evaluation import measure
 _SHAPES = ((4096, 4096), (11008, 4096))
 
 
-def dense(parameters: GivensParameters, weight: Tensor) -> list[Tensor]:
+def dense(parameters: GivensParameters, weight: Tensor) -> Tensor:
     """W P by way of P: every level applied to the whole of a d × d matrix, then one product."""
     dimension, stored = parameters.dimension, transforms(parameters)
     assert parameters.scaler is not None
@@ -49,7 +49,7 @@ def dense(parameters: GivensParameters, weight: Tensor) -> list[Tensor]:
             turned[:, near] = first * own[:, 0, 0] + second * own[:, 0, 1]
             turned[:, far] = first * own[:, 1, 0] + second * own[:, 1, 1]
             matrix = turned
-    return [round_to_nearest(weight.double() @ matrix, torch.bfloat16)]
+    return round_to_nearest(weight.double() @ matrix, torch.bfloat16)
 
 
 class OurMerge:
@@ -61,24 +61,24 @@ class OurMerge:
 
     def merged(
         self, parameters: GivensParameters, weight: Tensor, *, with_check: bool = False
-    ) -> list[Tensor]:
-        """The merged weight in row blocks, as written; checked as every merge is, or not."""
+    ) -> Tensor:
+        """The merged weight, as written; checked as every merge is, or not."""
         change = GivensTransform(parameters)
-        merge = change.merging(weight)
+        merge = WeightMerge(weight, change.merging(weight), torch.bfloat16)
         expected = change.expected(weight) if with_check else None
 
-        def work(rows: slice) -> list[Tensor]:
-            torch.set_num_threads(1)
-            figures = MergeFigures()
-            blocks = list(merged_blocks(weight, rows, merge, torch.bfloat16, figures))
-            if expected is not None:
-                deviation = measure(weight[rows], blocks, expected.of_rows(rows))
-                assert not deviation.not_nearest, "psoft-export's own check"
-            return blocks
+        merged = torch.empty(weight.shape, dtype=torch.bfloat16)
 
-        parts = list(self._pool.map(work, row_parts(weight, self._threads)))
+        def work(rows: slice) -> None:
+            torch.set_num_threads(1)
+            merge.fill(merged, rows)
+            if expected is not None:
+                deviation = measure(weight[rows], merged[rows], expected.of_rows(rows))
+                assert not deviation.not_nearest, "psoft-export's own check"
+
+        list(self._pool.map(work, row_parts(weight, self._threads)))
         torch.set_num_threads(self._threads)
-        return [block for blocks in parts for block in blocks]
+        return merged
 
 
 def rows(threads: int, repeats: int) -> Iterator[str]:
@@ -98,7 +98,7 @@ def rows(threads: int, repeats: int) -> Iterator[str]:
                 partial(ours_of.merged, parameters, weight, with_check=True),
             ]
             (slow, theirs), (fast, ours), (with_check, _) = _timed(works, repeats)
-            same = float((torch.cat(ours) == torch.cat(theirs)).float().mean())
+            same = float((ours == theirs).float().mean())
             assert same > 0.9999, "the two disagree"
             yield (
                 f"| {shape[0]} × {shape[1]}, `{form}` | {slow:.2f} s | {fast:.3f} s | "
@@ -106,12 +106,10 @@ def rows(threads: int, repeats: int) -> Iterator[str]:
             )
 
 
-def _timed(
-    works: list[Callable[[], list[Tensor]]], repeats: int
-) -> list[tuple[float, list[Tensor]]]:
+def _timed(works: list[Callable[[], Tensor]], repeats: int) -> list[tuple[float, Tensor]]:
     """The shortest time of each work's runs, in turns, and what came out."""
     times: list[list[float]] = [[] for _ in works]
-    results: list[list[Tensor]] = [[] for _ in works]
+    results = [torch.empty(0) for _ in works]
     for _ in range(repeats):
         for index, work in enumerate(works):
             start = time.monotonic()

@@ -27,6 +27,7 @@ from psoft_export.checkpoint.writer import ShardWriter, TensorSpec
 from psoft_export.errors import CheckpointError, OutputError, UsageError
 
 DEFAULT_LIMIT_BYTES = 20 * 10**9
+LAYOUTS = "layouts"  # the folder for those that `layouts` keeps
 _FOLDER_VARIABLE = "PSOFT_EXPORT_CACHE"
 _SUFFIX = ".basis.safetensors"
 _FORMAT = "psoft-basis-cache/1"
@@ -185,13 +186,14 @@ class BasisCache:
         return sorted(found, key=lambda entry: -entry.last_used)
 
     def clear(self) -> int:
-        """Remove every entry and every interrupted search; returns how many bytes that freed.
+        """Remove every entry, layout and interrupted search; returns how many bytes that freed.
 
         Raises:
             OutputError: an entry cannot be removed.
         """
         freed = self._clear_abandoned()
-        for path in (*self._files(), *self.searches.glob("*.safetensors")):
+        layouts = (self.folder / LAYOUTS).glob("*.json")
+        for path in (*self._files(), *layouts, *self.searches.glob("*.safetensors")):
             try:
                 nbytes = path.stat().st_size
                 path.unlink()

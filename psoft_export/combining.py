@@ -45,6 +45,7 @@ from psoft_export.checkpoint.output import OutputFolder, check_target
 from psoft_export.checkpoint.source import Source
 from psoft_export.device import choose_device
 from psoft_export.errors import MismatchError, UnsupportedError, UsageError
+from psoft_export.layouts import LayoutCache
 from psoft_export.manifest import source_record
 from psoft_export.opening import check_apart, open_plan
 from psoft_export.pipeline import Progress, ProgressCallback
@@ -304,9 +305,10 @@ def plan_merge(
     """What `merge` would do with these arguments.
 
     Reads headers and the adapter, no weights. A combination is made first, in a temporary folder
-    that goes with the last reference to the plan; that reads the weights, and is what `device`,
-    `svd_device`, `cache` and `cache_dir` are for. Arguments and errors as of `merge`.
+    that goes with the last reference to the plan; that reads the weights, and is what `device`
+    and `svd_device` are for. Arguments and errors as of `merge`.
     """
+    layouts = LayoutCache(open_cache(cache_dir).folder) if cache else None
     one: str | Path | Source
     if isinstance(adapter, Combination):
         if givens is not None:
@@ -339,6 +341,7 @@ def plan_merge(
         givens=givens,
         token=token,
         planner=planner,
+        layouts=layouts,
     )
 
 

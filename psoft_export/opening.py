@@ -14,6 +14,7 @@ from psoft_export.checkpoint.dtypes import parse_dtype
 from psoft_export.checkpoint.reader import open_checkpoint, weight_files
 from psoft_export.checkpoint.source import Source, resolve
 from psoft_export.errors import OutputError, RecordMissingError
+from psoft_export.layouts import LayoutCache, layout_key
 from psoft_export.plan import MergePlan, OutputOptions
 from psoft_export.planner import Planner
 
@@ -30,8 +31,12 @@ def open_plan(
     givens: GivensForm | None = None,
     token: str | None = None,
     planner: Planner | None = None,
+    layouts: LayoutCache | None = None,
 ) -> MergePlan:
-    """The plan of a merge of one adapter; arguments and errors as of `combining.plan_merge`."""
+    """The plan of a merge of one adapter; arguments and errors as of `combining.plan_merge`.
+
+    A layout that is in `layouts` is taken from there, others are kept in it.
+    """
     code = parse_dtype(dtype) if dtype is not None else None
     reading = Reading(neumann_terms, givens)
     if isinstance(adapter, Source):
@@ -44,12 +49,20 @@ def open_plan(
     source = resolve(base, companions.CONFIG, base_files, token=token)
     checkpoint = open_checkpoint(source.folder)
     options = OutputOptions(code, max_shard_size, tuple(labels) if labels is not None else None)
+    key = layout_key(checkpoint, loaded, options) if layouts is not None else None
+    layout = layouts.get(key, checkpoint) if layouts is not None and key is not None else None
+    if layout is not None:
+        if planner is not None:
+            planner.stop()
+        return MergePlan(source, checkpoint, loaded, options, layout)
     if planner is not None:
         layout = planner.layout(source, loaded.source, reading, options)
     else:
         from psoft_export.planning import make_layout  # loads transformers
 
         layout = make_layout(checkpoint, loaded, options)
+    if layouts is not None and key is not None:
+        layouts.put(key, layout)
     return MergePlan(source, checkpoint, loaded, options, layout)
 
 

@@ -65,6 +65,12 @@ class Planner:
             raise answer
         return answer
 
+    def stop(self) -> None:
+        """End the process; nothing is asked of it."""
+        self._connection.close()
+        self._process.terminate()
+        self._process.join()
+
 
 def start_planner() -> Planner | None:
     """A `Planner`, or None where it would save nothing: transformers is loaded here already."""

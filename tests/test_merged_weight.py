@@ -1,20 +1,23 @@
 """The sum W + ΔW: rounded once, measured as it is made, and bounded where it runs in float32."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from psoft_export.algebra import merged_weight
 from psoft_export.algebra.merged_weight import (
-    MergeFigures,
+    AddedProduct,
+    WeightMerge,
     low_rank_factors,
-    merged_blocks,
     product_error_bound,
     row_parts,
-    with_product,
 )
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
-from psoft_export.verification.evaluation import unit_in_last_place
+from psoft_export.reference.expected import Expected
+from psoft_export.verification import evaluation
+from psoft_export.verification.evaluation import Deviation, measure, unit_in_last_place
 
 ROWS, COLUMNS, RANK = 700, 900, 24
 
@@ -27,18 +30,26 @@ def factors() -> tuple[Tensor, Tensor, Tensor]:
     rotation = torch.eye(RANK).double() + 0.05 * torch.randn(RANK, RANK).double()
     left, right = low_rank_factors(a, b, rotation, 0.5)
     assert torch.equal(right, a.double())
-    expected = 0.5 * b.double() @ (rotation - torch.eye(RANK).double())
-    torch.testing.assert_close(left, expected, rtol=1e-15, atol=1e-15)
+    by_hand = 0.5 * b.double() @ (rotation - torch.eye(RANK).double())
+    torch.testing.assert_close(left, by_hand, rtol=1e-15, atol=1e-15)
     return weight, left, right
 
 
 def merge(
     weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, MergeFigures]:
-    figures = MergeFigures()
-    everything = slice(0, len(weight))
-    blocks = merged_blocks(weight, everything, with_product(left, right), dtype, figures)
-    return torch.cat(list(blocks)), figures
+) -> tuple[Tensor, Deviation]:
+    """The merged weight, its narrow entries settled, and how far it is from W + left @ right."""
+    merged, everything = torch.empty(weight.shape, dtype=dtype), slice(0, len(weight))
+    merging = WeightMerge(weight, AddedProduct(left, right), dtype)
+    merging.fill(merged, everything)
+    of = expected(left, right)
+    return merged, measure(weight, merged, of, settle=merging.settling(everything))
+
+
+def expected(left: Tensor, right: Tensor) -> Expected:
+    reach_left = torch.linalg.vector_norm(left, dim=1)
+    reach_right = torch.linalg.vector_norm(right, dim=0)
+    return Expected(lambda _, rows: left[rows] @ right, reach_left, reach_right, left.shape[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -47,17 +58,58 @@ def test_figures_are_those_of_the_result(
 ) -> None:
     weight, left, right = factors
     monkeypatch.setattr(merged_weight, "_BLOCK_BYTES", 40_000)  # many blocks, the last one short
+    monkeypatch.setattr(evaluation, "_TILE_BYTES", 90_000)
     before = weight.clone()
-    merged, figures = merge(weight, left, right, dtype)
+    merged, deviation = merge(weight, left, right, dtype)
     assert torch.equal(weight, before), "the base weight is not touched"
-    exact = weight.double() + left @ right
+    delta = left @ right
+    exact = weight.double() + delta
     error = merged.double() - exact
     assert merged.shape == exact.shape and merged.dtype == dtype
-    assert figures.finite
-    assert figures.weight_norm == pytest.approx(float(weight.double().norm()), rel=1e-6)
+    assert deviation.finite and deviation.not_nearest == 0
     largest = float((error.abs() / unit_in_last_place(exact, dtype)).max())
     assert 0.49 < largest <= 0.5
-    assert figures.rounding_norm == pytest.approx(float(error.norm()), rel=1e-12)
+    assert deviation.largest_ulp == pytest.approx(largest, abs=1e-12)
+    norm, size, whole = float(error.norm()), float(delta.norm()), float(weight.double().norm())
+    applied = float(((merged.double() - weight.double()) * delta).sum()) / size**2
+    assert deviation.relative_rounding == pytest.approx(norm / size, rel=1e-6)
+    assert deviation.relative_error == pytest.approx(norm / float(exact.norm()), rel=1e-6)
+    assert deviation.relative_delta == pytest.approx(size / whole, rel=1e-12)
+    assert deviation.applied == pytest.approx(applied, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_wrong_neighbours_of_the_float32_product_are_found_and_settled(
+    dtype: torch.dtype, factors: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    weight, left, right = factors
+    of, everything = expected(left, right), slice(0, ROWS)
+    merging = WeightMerge(weight, AddedProduct(left, right), dtype)
+    merged = torch.empty(weight.shape, dtype=dtype)
+    merging.fill(merged, everything)
+    nearest = round_to_nearest(weight.double() + left @ right, dtype)
+    wrong = int((merged != nearest).sum())
+    assert 0 < wrong < merged.numel() / 1000, "or there is nothing to settle"
+    assert measure(weight, merged, of).not_nearest == wrong
+    assert measure(weight, merged, of, settle=merging.settling(everything)).not_nearest == 0
+    assert torch.equal(merged, nearest)
+    assert WeightMerge(weight, AddedProduct(left, right), torch.float32).settling(slice(0)) is None
+
+
+def test_many_wrong_entries_are_judged_a_part_at_a_time(
+    factors: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, left, right = factors
+    of = expected(left, right)
+    at_once = measure(weight, weight.bfloat16(), of)
+    assert at_once.not_nearest > 0.9 * weight.numel() and at_once.largest_ulp > 100
+    assert at_once.applied == pytest.approx(0, abs=1e-3)
+    monkeypatch.setattr(evaluation, "_MOST_SUSPECTS", 1000)
+    monkeypatch.setattr(evaluation, "_TILE_BYTES", 90_000)
+    in_parts = measure(weight, weight.bfloat16(), of)
+    assert in_parts.not_nearest == at_once.not_nearest
+    assert in_parts.largest_ulp == at_once.largest_ulp
+    assert in_parts.relative_error == pytest.approx(at_once.relative_error, rel=1e-9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 50])
@@ -66,19 +118,26 @@ def test_parts_are_those_of_the_whole(
 ) -> None:
     weight, left, right = factors
     monkeypatch.setattr(merged_weight, "_BLOCK_BYTES", 200_000)
-    whole, figures = merge(weight, left, right, torch.bfloat16)
+    whole, deviation = merge(weight, left, right, torch.bfloat16)
     parts = row_parts(weight, count)
     assert 1 <= len(parts) <= count
-    of_parts = [MergeFigures() for _ in parts]
-    merged = [
-        block
-        for rows, of_part in zip(parts, of_parts, strict=True)
-        for block in merged_blocks(weight, rows, with_product(left, right), torch.bfloat16, of_part)
-    ]
-    assert torch.equal(torch.cat(merged), whole)
-    joined = MergeFigures.of(of_parts)
-    assert joined.weight_norm == pytest.approx(figures.weight_norm, rel=1e-12)
-    assert joined.rounding_norm == pytest.approx(figures.rounding_norm, rel=1e-12)
+    merged = torch.empty_like(whole)
+    merging = WeightMerge(weight, AddedProduct(left, right), torch.bfloat16)
+    joined, *others = [part(merging, weight, merged, rows, expected(left, right)) for rows in parts]
+    assert torch.equal(merged, whole)
+    for other in others:
+        joined.join(other)
+    assert joined.not_nearest == deviation.not_nearest == 0
+    assert joined.largest_ulp == pytest.approx(deviation.largest_ulp, abs=1e-9)
+    assert joined.relative_rounding == pytest.approx(deviation.relative_rounding, rel=1e-12)
+
+
+def part(
+    merging: WeightMerge, weight: Tensor, merged: Tensor, rows: slice, of: Expected
+) -> Deviation:
+    merging.fill(merged, rows)
+    settle = merging.settling(rows)
+    return measure(weight[rows], merged[rows], of.of_rows(rows), settle=settle)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
@@ -99,8 +158,7 @@ def test_narrow_results_are_the_float64_sum_rounded_once(
     right[0] = 0.5 * float(ulp[0, 0])
     weight[10:40] = grid.to(stored)
     merged, _ = merge(weight, left, right, dtype)
-    expected = round_to_nearest(weight.double() + left @ right, dtype)
-    assert torch.equal(merged, expected)
+    assert torch.equal(merged, round_to_nearest(weight.double() + left @ right, dtype))
 
 
 def test_float32_product_stays_within_its_stated_bound(
@@ -119,8 +177,8 @@ def test_float32_product_stays_within_its_stated_bound(
 
 def test_overflow_is_noticed(factors: tuple[Tensor, Tensor, Tensor]) -> None:
     weight, left, right = factors
-    _, figures = merge(weight * 1e6, left, right, torch.float16)
-    assert not figures.finite
+    _, deviation = merge(weight * 1e6, left, right, torch.float16)
+    assert not deviation.finite and math.isinf(deviation.largest_ulp)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ Works in row blocks, so that memory beyond W stays small whatever its size.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -16,44 +15,16 @@ from psoft_export.algebra.rounding import round_to_nearest
 # Rows of W in float64, which may be overwritten, and which rows they are → merged rows; both
 # contiguous.
 MergeRows = Callable[[Tensor, slice], Tensor]
+# Rows and columns of entries → those entries of the merged weight, in the output dtype.
+Settle = Callable[[Tensor, Tensor], Tensor]
 
 # float64 bytes of one row block: its operands stay in a CPU's caches, and fill a GPU.
-_BLOCK_BYTES = 2 * 2**20
+_BLOCK_BYTES = 4 * 2**20
 _DEVICE_BLOCK_BYTES = 64 * 2**20
+_ENTRIES = 2**14  # of one gathered product: at r = 64, 8 MB
 
 # Compute capabilities of P100, V100, A100, H100/H200 and B200.
 _FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-
-
-@dataclass
-class MergeFigures:
-    """What the merge of some rows did, summed up over row blocks.
-
-    Frobenius norms of W, and of the merged weight minus the float64 sum.
-    """
-
-    weight_norm: float = 0.0
-    rounding_norm: float = 0.0
-
-    @property
-    def finite(self) -> bool:
-        """Whether every entry fits the output dtype; a number minus infinity is infinite."""
-        return math.isfinite(self.rounding_norm)
-
-    @classmethod
-    def of(cls, parts: Iterable["MergeFigures"]) -> "MergeFigures":
-        """The figures of several parts of a weight together."""
-        norms = [(part.weight_norm, part.rounding_norm) for part in parts]
-        return cls(*(math.hypot(*column) for column in zip(*norms, strict=True)))
-
-    def add_weight(self, block: Tensor) -> None:
-        """Account for one row block of W, float64."""
-        self.weight_norm = math.hypot(self.weight_norm, _norm(block))
-
-    def add_rounding(self, exact: Tensor, merged: Tensor) -> None:
-        """Account for one row block: the float64 sum, overwritten here, and its rounding."""
-        error = exact.sub_(merged.double())
-        self.rounding_norm = math.hypot(self.rounding_norm, _norm(error))
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
@@ -95,7 +66,7 @@ def low_rank_factors(
 
 
 def row_parts(weight: Tensor, count: int) -> list[slice]:
-    """Rows of W in `count` parts of nearly equal size, cut between blocks of `merged_blocks`.
+    """Rows of W in `count` parts of nearly equal size, cut between blocks of `WeightMerge`.
 
     So that a weight merged in parts is bit for bit the one merged at once.
     """
@@ -105,56 +76,101 @@ def row_parts(weight: Tensor, count: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(ends) if start < end]
 
 
-def with_product(left: Tensor, right: Tensor) -> MergeRows:
-    """What adds left @ right to rows of W, the product in `product_dtype`.
+class AddedProduct:
+    """Adds left @ right to rows of W, the product in `product_dtype`: a `MergeRows`."""
 
-    Args:
-        left: out × r and right: r × in, float64, same device; see `low_rank_factors`.
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        """Take factors.
+
+        Args:
+            left: out × r and right: r × in, float64, same device; see `low_rank_factors`.
+        """
+        self._left, self._right = left, right
+        self._by_columns = right.T.contiguous()
+        compute = product_dtype(left.device)
+        self._compute = left.to(compute), right.to(compute)
+        self._single = left.float(), right.float()
+
+    def __call__(self, exact: Tensor, rows: slice) -> Tensor:
+        """Rows of the merged weight, float64."""
+        left, right = self._compute
+        if left.dtype == torch.float64:
+            return exact.addmm_(left[rows], right)
+        return exact.add_(left[rows] @ right)
+
+    def estimate(self, weight: Tensor, rows: slice) -> Tensor:
+        """The same of rows of W (any floating dtype), all in float32, at twice the speed."""
+        left, right = self._single
+        return torch.addmm(weight.float(), left[rows], right)
+
+    def entries(self, weight: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """Some entries of the merged weight, float64.
+
+        Args:
+            weight: W.
+            row: where each entry is; and column.
+        """
+        found = weight[row, column].to(torch.float64)
+        for start in range(0, len(row), _ENTRIES):
+            part = slice(start, start + _ENTRIES)
+            products = self._left[row[part]].mul_(self._by_columns[column[part]])
+            found[part] += products.sum(1)
+        return found
+
+
+class WeightMerge:
+    """Merges one weight, row blocks at a time.
+
+    Each entry is the number of the output dtype nearest to what a `MergeRows` gives in float64.
+    Where ΔW is a product and the output dtype narrow, `fill` takes it in float32: then a few
+    entries have the wrong neighbour, which a check against W + ΔW finds, and `settling` mends.
     """
-    compute = product_dtype(left.device)
-    first, second = left.to(compute), right.to(compute)
 
-    def merge(exact: Tensor, rows: slice) -> Tensor:
-        if compute == torch.float64:
-            return exact.addmm_(first[rows], second)
-        return exact.add_(first[rows] @ second)
+    def __init__(self, weight: Tensor, merge: MergeRows, dtype: torch.dtype) -> None:
+        """Prepare; nothing is computed yet.
 
-    return merge
+        Args:
+            weight: W (out × in), float32, float16 or bfloat16, on the device to compute on.
+            merge: makes merged rows of rows of W.
+            dtype: output dtype: float32, float16 or bfloat16.
+        """
+        self._weight = weight
+        self._merge = merge
+        self._dtype = dtype
+        estimates = weight.device.type == "cpu" and dtype.itemsize < 4
+        self._product = merge if estimates and isinstance(merge, AddedProduct) else None
 
+    def fill(self, merged: Tensor, rows: slice) -> None:
+        """Write some rows (see `row_parts`) of the merged weight, a block at a time.
 
-def merged_blocks(
-    weight: Tensor,
-    rows: slice,
-    merge: MergeRows,
-    dtype: torch.dtype,
-    figures: MergeFigures,
-) -> Iterator[Tensor]:
-    """Yield some rows of the merged weight in consecutive blocks, in the output dtype, on the CPU.
+        Args:
+            merged: the merged weight, in the output dtype, on the CPU.
+            rows: which rows of it.
+        """
+        step = _block_rows(self._weight)
+        for start in range(rows.start, rows.stop, step):
+            block = slice(start, min(start + step, rows.stop))
+            weight = self._weight[block]
+            if self._product is not None:
+                merged[block] = self._product.estimate(weight, block)
+            else:
+                exact = weight.to(torch.float64, memory_format=torch.contiguous_format)
+                merged[block] = round_to_nearest(self._merge(exact, block), self._dtype)
 
-    Each entry is the number of `dtype` nearest to what `merge` gives in float64.
+    def settling(self, rows: slice) -> Settle | None:
+        """What gives single entries of some rows from float64; None where `fill` does.
 
-    Args:
-        weight: W (out × in), float32, float16 or bfloat16, on the device to compute on.
-        rows: which rows; see `row_parts`.
-        merge: makes merged rows of rows of W.
-        dtype: output dtype: float32, float16 or bfloat16.
-        figures: filled in as blocks are made.
-    """
-    step = _block_rows(weight)
-    for start in range(rows.start, rows.stop, step):
-        block = slice(start, min(start + step, rows.stop))
-        exact = weight[block].to(torch.float64, memory_format=torch.contiguous_format)
-        figures.add_weight(exact)
-        exact = merge(exact, block)
-        merged = round_to_nearest(exact, dtype)
-        figures.add_rounding(exact, merged)
-        yield merged.cpu()
+        It takes rows, counted from the first of `rows`, and columns.
+        """
+        product = self._product
+        if product is None:
+            return None
 
+        def settled(row: Tensor, column: Tensor) -> Tensor:
+            exact = product.entries(self._weight, rows.start + row, column)
+            return round_to_nearest(exact, self._dtype)
 
-def _norm(block: Tensor) -> float:
-    """The Frobenius norm of a contiguous float64 block; a dot product is the fastest way to it."""
-    flat = block.view(-1)
-    return math.sqrt(float(flat.dot(flat)))
+        return settled
 
 
 def _block_rows(weight: Tensor) -> int:

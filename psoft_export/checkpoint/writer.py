@@ -10,6 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
+from psoft_export.checkpoint.safetensors_file import read_fully
+from psoft_export.errors import NotEquivalentError
 
 # Of one system call. Larger ones took the kernel two to five times as long (ext4, Linux).
 WRITE_BYTES = 128 * 2**10
@@ -67,7 +69,14 @@ class ShardWriter:
         metadata: Mapping[str, str],
         digest: "hashlib._Hash | None" = None,
     ) -> None:
-        """Create the file and write its header; `digest` is fed every byte on the way."""
+        """Create the file and write its header.
+
+        With a `digest`, everything is read back as soon as it is written and compared, and the
+        digest is fed what was read.
+
+        Raises:
+            NotEquivalentError: here and in `append`: it reads back as other bytes.
+        """
         self._specs = list(specs)
         start = header(self._specs, metadata)
         self.path = path
@@ -75,7 +84,7 @@ class ShardWriter:
         self._expected = len(start) + sum(spec.nbytes for spec in self._specs)
         self._written = 0
         self._digest = digest
-        self._handle = path.open("xb", buffering=0)
+        self._handle = path.open("x+b", buffering=0)
         self._write(memoryview(start))
 
     def append(self, data: Tensor) -> None:
@@ -113,6 +122,20 @@ class ShardWriter:
         while data:
             count = self._handle.write(data[:WRITE_BYTES])
             if self._digest is not None:
-                self._digest.update(data[:count])
+                self._digest.update(self._read_back(data[:count]))
             self._written += count
             data = data[count:]
+
+    def _read_back(self, written: memoryview) -> bytearray:
+        """What the file holds where these bytes were just written."""
+        found = bytearray(len(written))
+        try:
+            read_fully(self._handle.fileno(), memoryview(found), self._written)
+        except EOFError:
+            found = bytearray()
+        if found != written:
+            raise NotEquivalentError(
+                f"{self.path.name} reads back as other bytes than written: a fault of the disk or "
+                "of memory; nothing was written. Run again, on another disk if it stays"
+            )
+        return found

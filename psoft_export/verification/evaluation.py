@@ -1,17 +1,30 @@
 """How far a given merged weight is from the one that `reference` says it should be, in float64."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from psoft_export.reference.expected import Expected
 
-_TILE_BYTES = 2**20  # float64 bytes of a tile: with its temporaries, in a core's caches
+# Float64 bytes of a tile. Smaller ones would fit a core's own cache, but several threads that
+# work on small tiles wait for Python's lock longer than for memory.
+_TILE_BYTES = 2 * 2**20
 _DEVICE_TILE_BYTES = 64 * 2**20
 DOUBLE = 2.0**-53  # unit roundoff of float64
-_EXPONENT_MASK = 0x7FF0000000000000
+_PIECE = 512
+_MOST_SUSPECTS = 2**20  # that wait to be judged
+# Where an error is taken in a wider dtype, that dtype's epsilon times this is more, in units of
+# the last place, than its own rounding.
+_DOUBT = {torch.float16: 2.0**11, torch.bfloat16: 2.0**8, torch.float32: 0.0, torch.float64: 0.0}
+_EXPONENTS = {
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+
+# Rows and columns of entries → what those entries should be, in the dtype they are written in.
+Settle = Callable[[Tensor, Tensor], Tensor]
 
 
 class Deviation:
@@ -66,61 +79,101 @@ class Deviation:
         return math.sqrt(self._delta / self._weight) if self._weight else 0.0
 
     @property
-    def delta_norm(self) -> float:
-        """‖ΔW‖, Frobenius."""
-        return math.sqrt(self._delta)
+    def relative_rounding(self) -> float:
+        """‖given − (W + ΔW)‖ / ‖ΔW‖, Frobenius; 0 where ΔW is zero."""
+        return math.sqrt(self._error / self._delta) if self._delta else 0.0
 
     @property
     def applied(self) -> float | None:
         """⟨given − W, ΔW⟩ / ‖ΔW‖²; None where ΔW is zero."""
         return self._along / self._delta if self._delta else None
 
-    def add(self, weight: Tensor, given: Tensor) -> None:
+    @property
+    def finite(self) -> bool:
+        """Whether every entry is finite, or an infinity that is right."""
+        return math.isfinite(self.largest_ulp)
+
+    def add(self, weight: Tensor, given: Tensor, settle: Settle | None = None) -> None:
         """Account for the next rows.
+
+        Numbers far from ties are told in float32 where those of `given` are narrow; only what is
+        beside ties, or wrong, is looked at in float64.
 
         Args:
             weight: the rows of W (n × in), any floating dtype.
             given: the same rows as they were written, in their dtype; same device.
+            settle: called with the rows and columns (of `given`) of entries that are not the
+                nearest number, or nearly not; what it returns replaces them in `given` before
+                they are judged.
         """
+        work = torch.float32 if given.dtype.itemsize < 4 else torch.float64
+        bound = 0.5 - torch.finfo(work).eps * _DOUBT[given.dtype]
+        suspects = _Suspects()
         for start, exact, delta in self._tiles(weight):
-            rows = slice(start, start + len(exact))
-            written = given[rows].to(torch.float64)
-            error = torch.sub(written, exact)
+            written = given[start : start + len(exact)]
+            at = exact.to(work)
+            error = written.to(work, memory_format=torch.contiguous_format).sub_(at)
+            ulps = error.abs().div_(unit_in_last_place(at, given.dtype))
+            found, largest = _reaching(ulps, bound)
+            if not math.isfinite(largest):
+                error = self._error_beside_infinities(written, exact)
+                ulps = error.abs().div_(unit_in_last_place(exact, given.dtype))
+                ulps.nan_to_num_(math.inf, math.inf)
+                found, largest = _reaching(ulps, 0.5)
+            if len(found):
+                suspects.take(start * given.shape[1], found, exact, delta)
+                error.view(-1)[found] = 0  # until they are judged
+            else:
+                self.largest_ulp = max(self.largest_ulp, largest)
+            error = error.to(torch.float64)
+            self._exact += _dot(exact, exact)
+            self._error += _dot(error, error)
             if delta is not None:
                 squared = _dot(delta, delta)
                 self._delta += squared
                 self._along += squared + _dot(error, delta)
-            self._exact += _dot(exact, exact)
-            self._error += _dot(error, error)
-            if not math.isfinite(self._error):
-                right = written == exact  # both the same infinity
-                if self._may_overflow:
-                    beyond = exact.abs() > torch.finfo(given.dtype).max
-                    right |= written.isinf() & beyond & (written.sign() == exact.sign())
-                error = torch.where(right, 0.0, error)
-            ulps = error.abs_().div_(unit_in_last_place(exact, given.dtype)).nan_to_num_(math.inf)
-            largest = float(ulps.max()) if ulps.numel() else 0.0
-            self.largest_ulp = max(self.largest_ulp, largest)
-            if largest >= 0.5:
-                self.not_nearest += self._count_beyond(weight[rows], ulps, exact, given[rows])
-            self._rows += len(exact)
+            if suspects.count > _MOST_SUSPECTS:
+                self._judge(weight, given, suspects, settle)
+                suspects = _Suspects()
+        if suspects.count:
+            self._judge(weight, given, suspects, settle)
+        self._rows += len(given)
+
+    def _error_beside_infinities(self, given: Tensor, exact: Tensor) -> Tensor:
+        """The error of each entry of a tile, float64; none where an infinity is right."""
+        written = given.to(torch.float64)
+        right = written == exact  # both the same infinity
+        if self._may_overflow:
+            beyond = exact.abs() > torch.finfo(given.dtype).max
+            right |= written.isinf() & beyond & (written.sign() == exact.sign())
+        return torch.where(right, 0.0, written - exact)
 
     def _tiles(self, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Start row, W + ΔW and ΔW of tiles that fit a cache; counts ‖W‖ on the way."""
         size = _TILE_BYTES if weight.device.type == "cpu" else _DEVICE_TILE_BYTES
         step = max(1, size // (8 * max(weight.shape[1], 1)))
         for start in range(0, weight.shape[0], step):
-            exact = weight[start : start + step].to(torch.float64)
+            rows = weight[start : start + step]
+            exact = rows.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
             self._weight += _dot(exact, exact)
             delta = None
             if self._expected is not None:
-                delta = self._expected.delta_of(exact, self._rows)
-                exact = exact + delta
+                delta = self._expected.delta_of(exact, self._rows + start)
+                exact.add_(delta)
             yield start, exact, delta
 
-    def _count_beyond(self, weight: Tensor, ulps: Tensor, exact: Tensor, given: Tensor) -> int:
-        """Entries of one tile that are not the nearest number, beyond doubt."""
-        row, column = (ulps >= 0.5).nonzero(as_tuple=True)
+    def _judge(
+        self, weight: Tensor, given: Tensor, suspects: "_Suspects", settle: Settle | None
+    ) -> None:
+        """Account for entries that were left out: too far is what is not the nearest, surely."""
+        index, at, delta = suspects.all()
+        row, column = index // given.shape[1], index % given.shape[1]
+        if settle is not None:
+            given[row, column] = settle(row, column)
+        written = given[row, column].to(torch.float64)
+        error = written - at
+        self._error += _dot(error, error)
+        self._along += _dot(error, delta)
         doubt = weight[row, column].to(torch.float64).abs()
         if self._expected is not None:
             of = self._expected
@@ -128,42 +181,90 @@ class Deviation:
             doubt = self._slack * (doubt + reach) + 2 * of.basis_doubt * reach
         else:
             doubt = self._slack * doubt
-        at, unit = exact[row, column], unit_in_last_place(exact[row, column], given.dtype)
+        unit = unit_in_last_place(at, given.dtype)
         # Below a power of two numbers are spaced half as wide, down to the subnormals.
         limits = torch.finfo(given.dtype)
         at_power = (at.abs() == unit / limits.eps) & (at.abs() > limits.tiny)
-        inwards = given[row, column].to(torch.float64).abs() < at.abs()
+        inwards = written.abs() < at.abs()
         half_unit = torch.where(at_power & inwards, 0.25, 0.5)
-        return int((ulps[row, column] > half_unit + doubt / unit).sum())
+        ulps = (error.abs() / unit).nan_to_num_(math.inf, math.inf)
+        self.largest_ulp = max(self.largest_ulp, float(ulps.max()))
+        self.not_nearest += int(((ulps >= 0.5) & (ulps > half_unit + doubt / unit)).sum())
+
+
+class _Suspects:
+    """Entries to be looked at again.
+
+    Attributes:
+        count: how many.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def take(self, first: int, found: Tensor, exact: Tensor, delta: Tensor | None) -> None:
+        """Take the entries `found` (flat indices) of a tile whose first entry has index `first`."""
+        at = exact.view(-1)[found]
+        change = delta.reshape(-1)[found] if delta is not None else torch.zeros_like(at)
+        self._parts.append((found + first, at, change))
+        self.count += len(found)
+
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Flat indices in the weight, and W + ΔW and ΔW there, float64."""
+        index, at, delta = zip(*self._parts, strict=True)
+        return torch.cat(index), torch.cat(at), torch.cat(delta)
 
 
 def measure(
-    weight: Tensor, written: Iterable[Tensor], of: Expected, product_unit: float = DOUBLE
+    weight: Tensor,
+    written: Tensor,
+    of: Expected,
+    product_unit: float = DOUBLE,
+    settle: Settle | None = None,
 ) -> Deviation:
     """How far a merged weight is from W + ΔW.
 
     Args:
         weight: W (out × in), any floating dtype, on the device of `of`.
-        written: the merged weight in consecutive row blocks, in its dtype, on any device.
+        written: the merged weight, in its dtype, on any device.
         of: ΔW.
         product_unit: as of `Deviation`.
+        settle: as of `Deviation.add`; then `written` is on the device of `weight`.
     """
-    deviation, done = Deviation(of, product_unit), 0
-    for block in written:
-        deviation.add(weight[done : done + len(block)], block.to(weight.device))
-        done += len(block)
+    deviation = Deviation(of, product_unit)
+    deviation.add(weight, written.to(weight.device), settle)
     return deviation
 
 
 def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The spacing of `dtype` numbers at each entry of a float64 tensor, float64.
+    """The spacing of `dtype` numbers at each entry of a float64 or float32 tensor, in its dtype.
 
     The power of two that is the entry's exponent alone, times the dtype's epsilon; below the
     smallest normal number the constant spacing of the subnormals.
     """
     limits = torch.finfo(dtype)
-    powers = values.view(torch.int64).bitwise_and(_EXPONENT_MASK).view(torch.float64)
+    bits, mask = _EXPONENTS[values.dtype]
+    powers = values.view(bits).bitwise_and(mask).view(values.dtype)
     return powers.clamp_(limits.tiny, limits.max).mul_(limits.eps)
+
+
+def _reaching(values: Tensor, bound: float) -> tuple[Tensor, float]:
+    """Flat indices of the entries that reach `bound`, and the largest; NaN where there is one.
+
+    The largest of each piece is found first: comparing every number is slower than a maximum.
+    """
+    flat = values.view(-1)
+    whole = flat.numel() // _PIECE * _PIECE
+    pieces, behind = flat[:whole].view(-1, _PIECE), flat[whole:]
+    tops = pieces.amax(1)
+    largest = float(torch.cat([tops, behind]).max()) if flat.numel() else 0.0
+    if largest < bound:
+        return torch.empty(0, dtype=torch.long), largest
+    chosen = (tops >= bound).nonzero()[:, 0]
+    found = (pieces[chosen] >= bound).nonzero()
+    rest = (behind >= bound).nonzero()[:, 0] + whole
+    return torch.cat([chosen[found[:, 0]] * _PIECE + found[:, 1], rest]), largest
 
 
 def _dot(first: Tensor, second: Tensor) -> float:

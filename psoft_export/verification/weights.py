@@ -263,7 +263,7 @@ class _Check:
         if self._bases.finds_again:
             of = replace(of, basis_doubt=_FOUND_AGAIN)
         written = target.written.T if target.tensor.transposed else target.written
-        deviation = measure(weight, [written], of, self._product_unit)
+        deviation = measure(weight, written, of, self._product_unit)
         figures = weight_figures(target, deviation, written.dtype)
         return figures, examine_geometry(target, change)
 

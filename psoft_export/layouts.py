@@ -1,0 +1,148 @@
+"""Layouts made once and kept on disk, beside the bases.
+
+A layout is a matter of names, shapes and configs alone, but transformers has to be loaded to make
+one, which takes seconds. Adapters of one base with the same config and shapes share one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from psoft_export.adapters.adapter import Adapter
+from psoft_export.cache import LAYOUTS
+from psoft_export.checkpoint import companions
+from psoft_export.checkpoint.output import replacing_file
+from psoft_export.checkpoint.reader import Checkpoint
+from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header
+from psoft_export.checkpoint.writer import TensorSpec
+from psoft_export.errors import CheckpointError, OutputError
+from psoft_export.plan import Layout, OutputOptions, PlannedShard, PlannedTensor
+
+_SUFFIX = ".json"
+_KEPT = 64
+# What decides on a layout besides its input.
+_LIBRARIES = ("psoft-export", "transformers", "huggingface_hub")
+_SOURCES = ("planning.py", "plan.py", "model/skeleton.py")
+
+
+class LayoutCache:
+    """The layouts in one folder; never stops a run, whatever is wrong with it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Use a folder inside `folder`, made when the first layout is kept."""
+        self._folder = folder / LAYOUTS
+
+    def get(self, key: str, checkpoint: Checkpoint) -> Layout | None:
+        """The layout with this key, of this checkpoint; None where there is none, or a damaged one.
+
+        Args:
+            key: as of `layout_key`.
+            checkpoint: the base, opened.
+        """
+        path = self._path(key)
+        try:
+            kept = json.loads(path.read_bytes())
+            if kept["sha256"] != _digest(kept["layout"]):
+                return None
+            layout = _read(kept["layout"], checkpoint.entries)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return layout
+
+    def put(self, key: str, layout: Layout) -> None:
+        """Keep a layout; the least recently used are forgotten."""
+        fields = _fields(layout)
+        text = json.dumps({"sha256": _digest(fields), "layout": fields})
+        with suppress(OSError, OutputError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with replacing_file(self._path(key), durable=False) as scratch:
+                scratch.write_text(text, "utf-8")
+            paths = sorted(self._folder.glob(f"*{_SUFFIX}"), key=lambda path: -path.stat().st_mtime)
+            for path in paths[_KEPT:]:
+                path.unlink()
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}{_SUFFIX}"
+
+
+def layout_key(checkpoint: Checkpoint, adapter: Adapter, options: OutputOptions) -> str | None:
+    """SHA-256, in hexadecimal, of everything that `planning.make_layout` looks at.
+
+    None where that is more than names and shapes (in a pickle file two names can share memory),
+    or cannot be read.
+    """
+    weights = adapter.source.folder / adapter.weights_file
+    if any(file.tensors is not None for file in checkpoint.files) or weights.suffix == ".bin":
+        return None
+    try:
+        stored, _ = read_header(weights)
+        config = (checkpoint.folder / companions.CONFIG).read_text("utf-8")
+        here = Path(__file__).parent
+        code = [(here / name).read_text("utf-8") for name in _SOURCES]
+    except (OSError, ValueError, CheckpointError):
+        return None
+    return _digest(
+        {
+            "libraries": {name: version(name) for name in _LIBRARIES},
+            "code": code,
+            "config": config,
+            "files": [[f.name, f.metadata, _shapes(f.entries)] for f in checkpoint.files],
+            "kind": type(adapter).__name__,
+            "adapter": [dict(adapter.config), adapter.weights_file, _shapes(stored)],
+            "folder": adapter.source.folder.name,  # of which warnings speak
+            "warnings": adapter.warnings,
+            "options": asdict(options),
+        }
+    )
+
+
+def _shapes(entries: "tuple[TensorEntry, ...] | list[TensorEntry]") -> list[Any]:
+    return [[entry.name, entry.dtype, entry.shape] for entry in entries]
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _fields(layout: Layout) -> dict[str, Any]:
+    return {
+        "shards": [
+            [shard.filename, dict(shard.metadata), [_tensor_fields(t) for t in shard.tensors]]
+            for shard in layout.shards
+        ],
+        "class_name": layout.class_name,
+        "config_changes": dict(layout.config_changes),
+        "warnings": list(layout.warnings),
+    }
+
+
+def _tensor_fields(tensor: PlannedTensor) -> list[Any]:
+    spec, entry = tensor.spec, tensor.entry
+    origin = [entry.name if entry is not None else None, tensor.module, tensor.saved]
+    return [
+        [spec.name, spec.dtype, list(spec.shape)],
+        origin,
+        [tensor.is_parameter, tensor.transposed],
+    ]
+
+
+def _read(fields: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> Layout:
+    shards = []
+    for filename, metadata, listed in fields["shards"]:
+        tensors = []
+        for (name, dtype, shape), (stored, module, saved), (parameter, transposed) in listed:
+            spec = TensorSpec(name, dtype, tuple(shape))
+            entry = entries[stored] if stored is not None else None
+            tensors.append(PlannedTensor(spec, entry, module, saved, parameter, transposed))
+        shards.append(PlannedShard(filename, tuple(tensors), metadata))
+    return Layout(
+        tuple(shards), fields["class_name"], fields["config_changes"], tuple(fields["warnings"])
+    )
