@@ -202,6 +202,8 @@ class BasisCache:
             except OSError as cause:
                 raise OutputError(f"{path}: cannot be removed ({cause.strerror})") from cause
             freed += nbytes
+        with suppress(OSError):
+            (self.folder / LAYOUTS).rmdir()
         return freed
 
     def _files(self) -> Iterator[Path]:

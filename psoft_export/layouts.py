@@ -7,7 +7,7 @@ one, which takes seconds. Adapters of one base with the same config and shapes s
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -96,15 +96,14 @@ def layout_key(checkpoint: Checkpoint, adapter: Adapter, options: OutputOptions)
             "config": config,
             "files": [[f.name, f.metadata, _shapes(f.entries)] for f in checkpoint.files],
             "kind": type(adapter).__name__,
-            "adapter": [dict(adapter.config), adapter.weights_file, _shapes(stored)],
-            "folder": adapter.source.folder.name,  # of which warnings speak
+            "adapter": [dict(adapter.config), _shapes(stored)],
             "warnings": adapter.warnings,
             "options": asdict(options),
         }
     )
 
 
-def _shapes(entries: "tuple[TensorEntry, ...] | list[TensorEntry]") -> list[Any]:
+def _shapes(entries: Iterable[TensorEntry]) -> list[Any]:
     return [[entry.name, entry.dtype, entry.shape] for entry in entries]
 
 

@@ -1,0 +1,173 @@
+"""Layouts made once: kept on disk, shared by adapters of the same shapes and no others."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psoft_export import layouts, load_adapter, merge, plan_merge, start_planner
+from psoft_export.checkpoint.reader import open_checkpoint
+from psoft_export.cli.main import run
+from psoft_export.layouts import layout_key
+from psoft_export.plan import OutputOptions
+from psoft_export.planner import Planner
+from tests import files, models
+
+
+def forbid_planning(patch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> Any:
+        raise AssertionError("a layout was made")
+
+    patch.setattr("psoft_export.planning.make_layout", never)
+
+
+def entries(cache: Path) -> list[Path]:
+    return list((cache / "layouts").glob("*.json"))
+
+
+@pytest.mark.parametrize("family", ["llama", "minilm", "t5"])
+@pytest.mark.parametrize("options", [{}, {"dtype": "bf16", "max_shard_size": "50KB"}])
+def test_what_was_kept_comes_back(
+    family: str,
+    options: dict[str, Any],
+    base_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache_folder: Path,
+) -> None:
+    base = base_folder(family)
+    adapter = models.save_adapter(family, base, tmp_path / "adapter")
+    made = plan_merge(base, adapter, **options).layout
+    assert plan_merge(base, adapter, cache=False, **options).layout == made
+    assert len(entries(cache_folder)) == 1
+    forbid_planning(monkeypatch)
+    assert plan_merge(base, adapter, **options).layout == made
+
+
+def test_another_adapter_of_the_same_shapes_needs_no_transformers(
+    llama: Path, llama_adapter: Path, tmp_path: Path
+) -> None:
+    merge(llama, llama_adapter, tmp_path / "first")
+    other = files.copy_of(llama_adapter, tmp_path / "other")
+    files.edit_tensors(
+        other / "adapter_model.safetensors", lambda t: {n: 0.5 * v for n, v in t.items()}
+    )
+    code = (
+        "import sys, psoft_export\n"
+        f"psoft_export.merge({str(llama)!r}, {str(other)!r}, {str(tmp_path / 'second')!r})\n"
+        "assert 'torch' in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    merge(llama, other, tmp_path / "here", cache=False)
+    there, here = files.tree(tmp_path / "second"), files.tree(tmp_path / "here")
+    assert there["model.safetensors"] == here["model.safetensors"]
+    assert there.keys() == here.keys()
+
+
+def test_everything_that_decides_is_in_the_key(
+    llama: Path, llama_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(base: Path = llama, adapter: Path = llama_adapter, **options: Any) -> str | None:
+        return layout_key(open_checkpoint(base), load_adapter(adapter), OutputOptions(**options))
+
+    def changed_base(**fields: Any) -> Path:
+        base = files.copy_of(llama, tmp_path / "-".join(fields))
+        files.edit_json(base / "config.json", **fields)
+        return base
+
+    def changed_adapter(**fields: Any) -> Path:
+        adapter = files.copy_of(llama_adapter, tmp_path / "-".join(fields))
+        files.edit_json(adapter / "adapter_config.json", **fields)
+        return adapter
+
+    sharded = files.copy_of(llama, tmp_path / "sharded")
+    files.as_shards(sharded, 2)
+    fewer = files.copy_of(llama_adapter, tmp_path / "fewer")
+    files.edit_tensors(
+        fewer / "adapter_model.safetensors",
+        lambda t: {n: v for n, v in t.items() if "layers.0" in n},
+    )
+    keys = [
+        key(),
+        key(dtype="BF16"),
+        key(max_shard_size="1MB"),
+        key(labels=("a", "b")),
+        key(changed_base(tie_word_embeddings=True)),
+        key(sharded),
+        key(adapter=changed_adapter(task_type="FEATURE_EXTRACTION")),
+        key(adapter=fewer),
+    ]
+    assert key() == keys[0] is not None and len(set(keys)) == len(keys)
+    monkeypatch.setattr(layouts, "version", lambda _: "another")
+    assert key() not in keys
+    monkeypatch.undo()
+    monkeypatch.setattr(layouts, "_SOURCES", ("cache.py",))
+    assert key() not in keys
+
+
+def test_pickle_files_are_laid_out_anew(
+    llama: Path, llama_adapter: Path, tmp_path: Path, cache_folder: Path
+) -> None:
+    base = files.copy_of(llama, tmp_path / "base")
+    files.as_pickle(base)
+    plan_merge(base, llama_adapter)
+    assert entries(cache_folder) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "not-json", "empty"])
+def test_a_damaged_entry_is_made_anew(
+    damage: str, llama: Path, llama_adapter: Path, cache_folder: Path
+) -> None:
+    made = plan_merge(llama, llama_adapter).layout
+    (path,) = entries(cache_folder)
+    text = path.read_text()
+    spoilt = {
+        "cut": text[: len(text) // 2],
+        "other": text.replace('"LlamaForCausalLM"', '"LlamaModel"'),
+        "not-json": "[1, 2]",
+        "empty": "",
+    }
+    assert spoilt[damage] != text
+    path.write_text(spoilt[damage])
+    assert plan_merge(llama, llama_adapter).layout == made
+    assert path.read_text() == text, "and kept again"
+
+
+def test_the_least_recently_used_goes(
+    llama: Path, llama_adapter: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layouts, "_KEPT", 2)
+    plan_merge(llama, llama_adapter)
+    (first,) = entries(cache_folder)
+    plan_merge(llama, llama_adapter, dtype="bf16")
+    plan_merge(llama, llama_adapter)  # used again
+    plan_merge(llama, llama_adapter, dtype="fp16")
+    kept = entries(cache_folder)
+    assert len(kept) == 2 and first in kept
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(
+    llama: Path, llama_adapter: Path, cache_folder: Path
+) -> None:
+    cache_folder.mkdir()
+    (cache_folder / "layouts").write_text("in the way")
+    made = plan_merge(llama, llama_adapter).layout
+    assert plan_merge(llama, llama_adapter).layout == made
+
+
+def test_clear_removes_layouts(
+    llama: Path, llama_adapter: Path, cache_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_merge(llama, llama_adapter)
+    assert entries(cache_folder) and run(["cache", "clear"]) == 0
+    assert entries(cache_folder) == [] and "freed" in capsys.readouterr().out
+
+
+def test_a_planner_that_is_not_needed_ends(llama: Path, llama_adapter: Path) -> None:
+    plan_merge(llama, llama_adapter)
+    planner = Planner()
+    plan_merge(llama, llama_adapter, planner=planner)
+    assert planner._process.exitcode is not None and start_planner() is None
