@@ -88,12 +88,12 @@ def _programs(scratch: Path, base: Path, adapter: Path, rank: int) -> list[_Prog
         merge(COLD, adapter),
         merge(WARM, adapter),
         merge(SIGNS, signs, "--no-cache"),
-        merge(FULL, full, "--no-cache"),
+        merge(FULL, full),  # which takes no basis from the cache, only the layout
         _Program(VERIFY, verify, None, []),
         _Program(PEFT_LORA, convert, peft_lora, []),
         lora(LORA_WARM, adapter),
         lora(LORA_SIGNS, signs, "--no-cache"),
-        lora(LORA_FULL, full, "--no-cache"),
+        lora(LORA_FULL, full),
     ]
 
 

@@ -158,13 +158,35 @@ def test_the_certificate_sees_a_wrong_vector(part: str) -> None:
     weight = matrix(640, 700, decaying(640)).double()
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     near, far, sigma = left.T[:32].clone(), right[:32].clone(), values[:32].clone()
-    assert solver._certificate(weight, near, sigma, far, 16, "svd", 0).accepted
+    held = solver._Long(weight, solver.Workspace())
+    assert solver._certificate(held, near, sigma, far, 16, "svd", 0).accepted
     if part == "vectors":  # 1e-6 radians out of the subspace, both sides to match
         near[5] += 1e-6 * left.T[100]
         far[5] += 1e-6 * right[100]
     else:
         sigma[5] *= 1 + 1e-6
-    assert not solver._certificate(weight, near, sigma, far, 16, "svd", 0).accepted
+    assert not solver._certificate(held, near, sigma, far, 16, "svd", 0).accepted
+
+
+@pytest.mark.parametrize("shape", [(300, 410), (410, 300)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_products_with_tiles_are_those_of_the_whole(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solver, "_TILE_ROWS", 37)
+    weight = torch.randn(shape).to(dtype)
+    short = weight.double() if shape[0] < shape[1] else weight.double().T
+    near, far = torch.randn(5, 300).double(), torch.randn(5, 410).double()
+    held = solver._Long(weight, solver.Workspace())
+    assert torch.equal(held.whole(), short)
+    pairs = [
+        (held.images(near), near @ short),
+        (held.preimages(far), far @ short.T),
+        (held.there_and_back(near), near @ short @ short.T),
+        (held.gram(), short @ short.T),
+    ]
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_the_same_bits_in_another_process() -> None:

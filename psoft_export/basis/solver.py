@@ -7,6 +7,7 @@ method, and what else was measured: `docs/solver.md`.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from psoft_export.basis.svd import Triplets
 
-SOLVER = "block-lanczos/1"  # goes up whenever the bits of a result can change
+SOLVER = "block-lanczos/2"  # goes up whenever the bits of a result can change
 
 _BLOCK = 16
+_TILE_ROWS = 128  # of W, for each thread: in float64 they stay in a processor's caches
 _SEED = 20261122
 _EPS = torch.finfo(torch.float64).eps
 _TOLERANCE = 2.0**-26  # of a vector, as an angle: a quarter of float32's rounding
@@ -78,15 +80,86 @@ class Workspace:
 
     def __init__(self) -> None:
         """Takes no memory yet."""
-        self._kept: dict[tuple[str, torch.device], Tensor] = {}
+        self._kept: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
-    def take(self, name: str, rows: int, columns: int, device: torch.device) -> Tensor:
-        """An uninitialised float64 matrix, until `name` is asked for again on that device."""
-        key, count = (name, device), rows * columns
+    def take(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """An uninitialised matrix, until `name` is asked for again with that device and dtype."""
+        key, count = (name, device, dtype), rows * columns
         if key not in self._kept or self._kept[key].numel() < count:
             self._kept.pop(key, None)  # before the larger one is made
-            self._kept[key] = torch.empty(count, dtype=torch.float64, device=device)
+            self._kept[key] = torch.empty(count, dtype=dtype, device=device)
         return self._kept[key][:count].view(rows, columns)
+
+
+class _Long:
+    """W with its longer side (l) in rows and its shorter (k) in columns, and products in float64.
+
+    On a CPU it is kept in float32, which holds 16-bit numbers exactly, and made float64 a tile at
+    a time: half the memory to read, and a tile that serves both products with W while it is in
+    the caches.
+    """
+
+    def __init__(self, weight: Tensor, memory: Workspace) -> None:
+        """Copy W."""
+        rows, columns = weight.shape
+        values = weight if rows > columns else weight.T
+        on_cpu = weight.device.type == "cpu"
+        narrow = on_cpu and weight.dtype != torch.float64
+        dtype = torch.float32 if narrow else torch.float64
+        self.length, self.size = values.shape
+        self.device = weight.device
+        kept = memory.take("weight", self.length, self.size, weight.device, dtype)
+        self._values = kept.copy_(values)
+        self._step = _TILE_ROWS * torch.get_num_threads() if on_cpu else self.length
+        self._tile = memory.take("tile", self._step, self.size, weight.device) if narrow else None
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows in float64, and which."""
+        for start in range(0, self.length, self._step):
+            rows = slice(start, min(start + self._step, self.length))
+            values = self._values[rows]
+            if self._tile is not None:
+                values = self._tile[: len(values)].copy_(values)
+            yield rows, values
+
+    def images(self, near: Tensor) -> Tensor:
+        """Rows of the short side (p × k) → their images on the long one (p × l)."""
+        far = torch.empty(len(near), self.length, dtype=torch.float64, device=self.device)
+        for rows, values in self._tiles():
+            far[:, rows] = near @ values.T
+        return far
+
+    def preimages(self, far: Tensor) -> Tensor:
+        """Rows of the long side (p × l), by the transpose, on the short one (p × k)."""
+        near = torch.zeros(len(far), self.size, dtype=torch.float64, device=self.device)
+        for rows, values in self._tiles():
+            near.addmm_(far[:, rows], values)
+        return near
+
+    def there_and_back(self, near: Tensor) -> Tensor:
+        """`preimages` of `images`: the product with the Gram matrix of the short side."""
+        image = torch.zeros_like(near)
+        for _, values in self._tiles():
+            image.addmm_(near @ values.T, values)
+        return image
+
+    def gram(self) -> Tensor:
+        """The Gram matrix of the short side, k × k."""
+        total = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
+        for _, values in self._tiles():
+            total.addmm_(values.T, values)
+        return total
+
+    def whole(self) -> Tensor:
+        """All of it as k × l, float64."""
+        return self._values.to(torch.float64).T
 
 
 def leading_triplets(weight: Tensor, rank: int, workspace: Workspace | None = None) -> Solution:
@@ -103,28 +176,25 @@ def leading_triplets(weight: Tensor, rank: int, workspace: Workspace | None = No
         The triplets and what certifies them. `certificate.method` is `svd` where the faster
         methods could not be certified (no gap behind the vectors, W of lower rank, say).
     """
-    rows, columns = weight.shape
-    tall = rows > columns
     memory = workspace or Workspace()
-    matrix = memory.take("weight", rows, columns, weight.device).copy_(weight)
-    short = matrix.T if tall else matrix  # k × l, k ≤ l; a view
-    size = short.shape[0]
+    matrix = _Long(weight, memory)
+    size = matrix.size
     kept = min(size, rank + max(16, rank // 4))
     found = None
     if size > _SMALL_SIDE and rank <= _LARGE_SHARE * size:
-        found = _certified(short, _lanczos(short, rank, kept, memory), rank, "block-lanczos")
+        found = _certified(matrix, _lanczos(matrix, rank, kept, memory), rank, "block-lanczos")
     if found is None:
-        found = _certified(short, _gram(short, kept), rank, "gram")
+        found = _certified(matrix, _gram(matrix, kept), rank, "gram")
     if found is None:
-        found = _full(short, kept, rank)
+        found = _full(matrix, kept, rank)
     near, values, far, certificate = found
-    left, right = (far.T, near) if tall else (near.T, far)
+    left, right = (far.T, near) if weight.shape[0] > weight.shape[1] else (near.T, far)
     triplets = Triplets(left, values, right).truncated(rank).to(torch.float32)
     return Solution(triplets, certificate)
 
 
-# Below, `short` is W or Wᵀ as k × l with k ≤ l. Singular vectors stand in rows: `near` (p × k)
-# on the short side, `far` (p × l) on the long one.
+# Below, singular vectors stand in rows: `near` (p × k) on the short side of W, `far` (p × l) on
+# the long one.
 _Found = tuple[Tensor, Tensor, Tensor, Certificate]
 
 
@@ -136,51 +206,50 @@ class _Space:
     columns: int = 0
 
 
-def _certified(short: Tensor, space: _Space | None, rank: int, method: str) -> _Found | None:
+def _certified(matrix: _Long, space: _Space | None, rank: int, method: str) -> _Found | None:
     """The triplets within a space, or None where they cannot be certified."""
     if space is None:
         return None
-    # Rayleigh–Ritz: near @ short = values · far holds by construction.
-    image = space.vectors @ short
-    orthonormal, triangle = torch.linalg.qr(image.T)
+    # Rayleigh–Ritz: the images of `near` are values · far by construction.
+    orthonormal, triangle = torch.linalg.qr(matrix.images(space.vectors).T)
     turn, values, far = torch.linalg.svd(triangle.T)
     near, far = turn.T @ space.vectors, far @ orthonormal.T
-    certificate = _certificate(short, near, values, far, rank, method, space.columns)
+    certificate = _certificate(matrix, near, values, far, rank, method, space.columns)
     return (near, values, far, certificate) if certificate.accepted else None
 
 
-def _full(short: Tensor, kept: int, rank: int) -> _Found:
-    left, values, right = torch.linalg.svd(short, full_matrices=False)
+def _full(matrix: _Long, kept: int, rank: int) -> _Found:
+    left, values, right = torch.linalg.svd(matrix.whole(), full_matrices=False)
     near, values, far = left.T[:kept], values[:kept], right[:kept]
-    return near, values, far, _certificate(short, near, values, far, rank, "svd", 0)
+    return near, values, far, _certificate(matrix, near, values, far, rank, "svd", 0)
 
 
-def _gram(short: Tensor, kept: int) -> _Space:
-    _, vectors = torch.linalg.eigh(short @ short.T)
+def _gram(matrix: _Long, kept: int) -> _Space:
+    _, vectors = torch.linalg.eigh(matrix.gram())
     return _Space(vectors.flip(1)[:, :kept].T)
 
 
-def _lanczos(short: Tensor, rank: int, kept: int, memory: Workspace) -> _Space | None:
-    """The leading `kept` Ritz vectors of short · shortᵀ, or None where it does not converge.
+def _lanczos(matrix: _Long, rank: int, kept: int, memory: Workspace) -> _Space | None:
+    """The leading `kept` Ritz vectors of the Gram matrix, or None where it does not converge.
 
     Stops when the first `rank` of them are within `_TOLERANCE` by their residuals, and gives up
     on short sides below `_MIDDLE_SIDE` where half the room leaves an error above `_PROMISING`.
     """
-    size = short.shape[0]
+    size = matrix.size
     limit = int(_KRYLOV_SHARE * size) // _BLOCK * _BLOCK
     midway = limit // 2 if size < _MIDDLE_SIDE else limit
-    basis = memory.take("basis", limit, size, short.device)
+    basis = memory.take("basis", limit, size, matrix.device)
     projected = torch.zeros(limit, limit, dtype=torch.float64)
     # Drawn on the CPU, so that it is the same start on every device.
     start = torch.randn(size, _BLOCK, dtype=torch.float64, generator=_generator())
-    block = torch.linalg.qr(start.to(short.device))[0].T.contiguous()
+    block = torch.linalg.qr(start.to(matrix.device))[0].T.contiguous()
     schedule = _Schedule(first=3 * kept)
     if schedule.next > midway:
         return None
     columns = 0
     while columns + _BLOCK <= limit:
         basis[columns : columns + _BLOCK] = block
-        image = (block @ short) @ short.T
+        image = matrix.there_and_back(block)
         columns += _BLOCK
         # In exact arithmetic only the last two blocks matter; the whole basis takes up rounding.
         first, rows = max(0, columns - 2 * _BLOCK), slice(columns - _BLOCK, columns)
@@ -206,7 +275,7 @@ def _lanczos(short: Tensor, rank: int, kept: int, memory: Workspace) -> _Space |
         if exhausted or error <= _TOLERANCE:
             if _crowded(values[:kept]):
                 return None
-            leading = vectors[:, :kept].T.to(short.device)
+            leading = vectors[:, :kept].T.to(matrix.device)
             return _Space(leading @ basis[:columns], columns)
         if columns >= midway and error > _PROMISING:
             return None
@@ -250,7 +319,7 @@ class _Schedule:
 
 
 def _certificate(
-    short: Tensor,
+    matrix: _Long,
     near: Tensor,
     values: Tensor,
     far: Tensor,
@@ -258,9 +327,9 @@ def _certificate(
     method: str,
     columns: int,
 ) -> Certificate:
-    residual = torch.linalg.vector_norm(far @ short.T - values[:, None] * near, dim=1).cpu()
+    residual = torch.linalg.vector_norm(matrix.preimages(far) - values[:, None] * near, dim=1).cpu()
     sigma = values.cpu()
-    whole = len(sigma) == short.shape[0]
+    whole = len(sigma) == matrix.size
     outside = 0.0 if whole else float(sigma[-1] + residual[-1])
     inner = sigma[:rank]
     distance = (inner.square() - outside**2).clamp(min=0)

@@ -1,11 +1,12 @@
 """How far a given merged weight is from the one that `reference` says it should be, in float64."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from psoft_export.algebra.merged_weight import Settle
 from psoft_export.reference.expected import Expected
 
 # Float64 bytes of a tile. Smaller ones would fit a core's own cache, but several threads that
@@ -15,16 +16,13 @@ _DEVICE_TILE_BYTES = 64 * 2**20
 DOUBLE = 2.0**-53  # unit roundoff of float64
 _PIECE = 512
 _MOST_SUSPECTS = 2**20  # that wait to be judged
-# Where an error is taken in a wider dtype, that dtype's epsilon times this is more, in units of
-# the last place, than its own rounding.
+# An error is known in a wider dtype to that dtype's epsilon times this, in units of the last place
+# of the narrow one, and better.
 _DOUBT = {torch.float16: 2.0**11, torch.bfloat16: 2.0**8, torch.float32: 0.0, torch.float64: 0.0}
 _EXPONENTS = {
     torch.float64: (torch.int64, 0x7FF0000000000000),
     torch.float32: (torch.int32, 0x7F800000),
 }
-
-# Rows and columns of entries → what those entries should be, in the dtype they are written in.
-Settle = Callable[[Tensor, Tensor], Tensor]
 
 
 class Deviation:
