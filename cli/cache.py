@@ -1,4 +1,4 @@
-"""`psoft-export cache`: the bases kept on disk, listed and removed."""
+"""`psoft-export cache`: what is kept on disk, listed and removed."""
 
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -60,7 +60,7 @@ def list_command(cache_dir: CacheDirOption = None, as_json: JsonOption = False) 
 def clear_command(
     cache_dir: CacheDirOption = None, quiet: QuietOption = False, as_json: JsonOption = False
 ) -> None:
-    """Remove every basis from the cache; the next merge finds what it needs again."""
+    """Remove every basis, layout and interrupted search; the next merge makes what it needs."""
     out = Output(quiet=quiet, as_json=as_json)
     from psoft_export.cache import open_cache
 

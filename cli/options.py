@@ -75,7 +75,7 @@ SummaryOption = Annotated[
     typer.Option("--summary", metavar="FILE.md", help="Write the verdict as Markdown."),
 ]
 NoCacheOption = Annotated[
-    bool, typer.Option("--no-cache", help="Neither read nor write the cache of bases.")
+    bool, typer.Option("--no-cache", help="Neither read nor write the cache of bases and layouts.")
 ]
 
 

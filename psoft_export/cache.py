@@ -192,7 +192,7 @@ class BasisCache:
             OutputError: an entry cannot be removed.
         """
         freed = self._clear_abandoned()
-        layouts = (self.folder / LAYOUTS).glob("*.json")
+        layouts = (self.folder / LAYOUTS).glob("*.json*")  # with what killed runs left
         for path in (*self._files(), *layouts, *self.searches.glob("*.safetensors")):
             try:
                 nbytes = path.stat().st_size

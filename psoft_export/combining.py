@@ -306,7 +306,8 @@ def plan_merge(
 
     Reads headers and the adapter, no weights. A combination is made first, in a temporary folder
     that goes with the last reference to the plan; that reads the weights, and is what `device`
-    and `svd_device` are for. Arguments and errors as of `merge`.
+    and `svd_device` are for. With `cache` the layout is taken from the cache, or kept there.
+    Arguments and errors as of `merge`.
     """
     layouts = LayoutCache(open_cache(cache_dir).folder) if cache else None
     one: str | Path | Source

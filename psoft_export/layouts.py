@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from psoft_export.plan import Layout, OutputOptions, PlannedShard, PlannedTensor
 _SUFFIX = ".json"
 _KEPT = 64
 # What decides on a layout besides its input.
-_LIBRARIES = ("psoft-export", "transformers", "huggingface_hub")
-_SOURCES = ("planning.py", "plan.py", "model/skeleton.py")
+_LIBRARIES = ("psoft-export", "transformers", "huggingface_hub", "torch")
+_PACKAGE = Path(__file__).parent
 
 
 class LayoutCache:
@@ -38,20 +38,23 @@ class LayoutCache:
         """Use a folder inside `folder`, made when the first layout is kept."""
         self._folder = folder / LAYOUTS
 
-    def get(self, key: str, checkpoint: Checkpoint) -> Layout | None:
-        """The layout with this key, of this checkpoint; None where there is none, or a damaged one.
+    def get(self, key: str, checkpoint: Checkpoint, adapter: Adapter) -> Layout | None:
+        """The layout with this key; None where there is none, or one that is damaged or another's.
 
         Args:
             key: as of `layout_key`.
             checkpoint: the base, opened.
+            adapter: the adapter.
         """
         path = self._path(key)
         try:
             kept = json.loads(path.read_bytes())
-            if kept["sha256"] != _digest(kept["layout"]):
+            if kept["sha256"] != _digest({"key": key, "layout": kept["layout"]}):
                 return None
             layout = _read(kept["layout"], checkpoint.entries)
         except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if not _is_of(layout, checkpoint, adapter):
             return None
         with suppress(OSError):
             os.utime(path)
@@ -59,9 +62,10 @@ class LayoutCache:
 
     def put(self, key: str, layout: Layout) -> None:
         """Keep a layout; the least recently used are forgotten."""
-        fields = _fields(layout)
-        text = json.dumps({"sha256": _digest(fields), "layout": fields})
-        with suppress(OSError, OutputError):
+        with suppress(OSError, OutputError, TypeError):
+            fields = _fields(layout)
+            digest = _digest({"key": key, "layout": fields})
+            text = json.dumps({"sha256": digest, "layout": fields})
             self._folder.mkdir(parents=True, exist_ok=True)
             with replacing_file(self._path(key), durable=False) as scratch:
                 scratch.write_text(text, "utf-8")
@@ -84,15 +88,12 @@ def layout_key(checkpoint: Checkpoint, adapter: Adapter, options: OutputOptions)
         return None
     try:
         stored, _ = read_header(weights)
-        config = (checkpoint.folder / companions.CONFIG).read_text("utf-8")
-        here = Path(__file__).parent
-        code = [(here / name).read_text("utf-8") for name in _SOURCES]
-    except (OSError, ValueError, CheckpointError):
-        return None
-    return _digest(
-        {
+        config = json.loads((checkpoint.folder / companions.CONFIG).read_bytes())
+        if "configuration_files" in config:  # transformers may take one of those in its place
+            return None
+        decides = {
             "libraries": {name: version(name) for name in _LIBRARIES},
-            "code": code,
+            "code": [path.read_text("utf-8") for path in sorted(_PACKAGE.rglob("*.py"))],
             "config": config,
             "files": [[f.name, f.metadata, _shapes(f.entries)] for f in checkpoint.files],
             "kind": type(adapter).__name__,
@@ -100,6 +101,22 @@ def layout_key(checkpoint: Checkpoint, adapter: Adapter, options: OutputOptions)
             "warnings": adapter.warnings,
             "options": asdict(options),
         }
+        return _digest(decides)
+    except (OSError, ValueError, TypeError, CheckpointError, PackageNotFoundError):
+        return None
+
+
+def _is_of(layout: Layout, checkpoint: Checkpoint, adapter: Adapter) -> bool:
+    """Whether a layout merges this adapter, whole, into files of its own folder."""
+    tensors = [tensor for shard in layout.shards for tensor in shard.tensors]
+    modules = sorted(tensor.module for tensor in tensors if tensor.module is not None)
+    stored = {tensor.spec.name: tensor.spec.shape for tensor in tensors if tensor.entry is not None}
+    shapes = {entry.shape for entry in checkpoint.entries.values()}
+    return (
+        modules == sorted(adapter.modules)
+        and all(tensor.saved in adapter.saved for tensor in tensors if tensor.saved is not None)
+        and shapes.issuperset(stored.values())
+        and all(Path(shard.filename).name == shard.filename for shard in layout.shards)
     )
 
 

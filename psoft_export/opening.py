@@ -50,11 +50,12 @@ def open_plan(
     checkpoint = open_checkpoint(source.folder)
     options = OutputOptions(code, max_shard_size, tuple(labels) if labels is not None else None)
     key = layout_key(checkpoint, loaded, options) if layouts is not None else None
-    layout = layouts.get(key, checkpoint) if layouts is not None and key is not None else None
-    if layout is not None:
-        if planner is not None:
-            planner.stop()
-        return MergePlan(source, checkpoint, loaded, options, layout)
+    if layouts is not None and key is not None:
+        kept = layouts.get(key, checkpoint, loaded)
+        if kept is not None:
+            if planner is not None:
+                planner.stop()
+            return MergePlan(source, checkpoint, loaded, options, kept)
     if planner is not None:
         layout = planner.layout(source, loaded.source, reading, options)
     else:

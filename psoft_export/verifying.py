@@ -127,7 +127,7 @@ def verify(
         adapter,
         device=device,
         svd_device=svd_device,
-        cache=cache,
+        cache=cache and isinstance(adapter, Combination),  # planned anew, whatever merged it
         cache_dir=cache_dir,
         require_record=require_record,
         neumann_terms=neumann_terms,

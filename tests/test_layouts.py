@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from psoft_export import layouts, load_adapter, merge, plan_merge, start_planner
 from psoft_export.checkpoint.reader import open_checkpoint
 from psoft_export.cli.main import run
-from psoft_export.layouts import layout_key
+from psoft_export.layouts import LayoutCache, layout_key
 from psoft_export.plan import OutputOptions
 from psoft_export.planner import Planner
 from tests import files, models
@@ -104,8 +105,9 @@ def test_everything_that_decides_is_in_the_key(
     monkeypatch.setattr(layouts, "version", lambda _: "another")
     assert key() not in keys
     monkeypatch.undo()
-    monkeypatch.setattr(layouts, "_SOURCES", ("cache.py",))
+    monkeypatch.setattr(layouts, "_PACKAGE", tmp_path)  # other code
     assert key() not in keys
+    assert key(changed_base(configuration_files=["config.5.json"])) is None
 
 
 def test_pickle_files_are_laid_out_anew(
@@ -134,6 +136,28 @@ def test_a_damaged_entry_is_made_anew(
     path.write_text(spoilt[damage])
     assert plan_merge(llama, llama_adapter).layout == made
     assert path.read_text() == text, "and kept again"
+
+
+@pytest.mark.parametrize("fault", ["another key", "a path", "a module left out"])
+def test_a_layout_of_something_else_is_not_taken(
+    fault: str, llama: Path, llama_adapter: Path, tmp_path: Path
+) -> None:
+    checkpoint, adapter = open_checkpoint(llama), load_adapter(llama_adapter)
+    made = plan_merge(llama, llama_adapter, cache=False).layout
+    cache, key = LayoutCache(tmp_path), "ab" * 32
+    cache.put(key, made)
+    assert cache.get(key, checkpoint, adapter) == made
+    (shard,) = made.shards
+    if fault == "another key":
+        (path,) = entries(tmp_path)
+        path.rename(path.with_name("cd" * 32 + ".json"))
+        key = "cd" * 32
+    elif fault == "a path":
+        cache.put(key, replace(made, shards=(replace(shard, filename="../model.safetensors"),)))
+    else:
+        tensors = [replace(t, module=None) for t in shard.tensors]
+        cache.put(key, replace(made, shards=(replace(shard, tensors=tuple(tensors)),)))
+    assert cache.get(key, checkpoint, adapter) is None
 
 
 def test_the_least_recently_used_goes(

@@ -195,3 +195,50 @@ def test_a_single_bad_entry_is_found(dtype: torch.dtype) -> None:
         values[7] = float("-inf")
         assert not all_finite(values)
     assert all_finite(torch.empty(0)) and all_finite(torch.tensor([1, 2]))
+
+
+def test_the_largest_distance_is_that_of_all_entries() -> None:
+    exact = torch.full((1, 600), 1.0 + 0.4995 * 2**-7, dtype=torch.float64)
+    exact[0, 7] = 1.0 + 0.6 * 2**-7
+    given = torch.ones(1, 600, dtype=torch.bfloat16)
+    deviation = Deviation(None)
+    deviation.add(exact, given, lambda row, _: torch.full(row.shape, 1 + 2**-7).bfloat16())
+    assert deviation.largest_ulp == pytest.approx(0.4995, abs=1e-4)
+    assert deviation.not_nearest == 0 and given[0, 7] == 1 + 2**-7
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_in_a_transposed_weight_is_not_nearest(
+    wrong: float, factors: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    weight, left, right = factors
+    merged = round_to_nearest(weight.double() + left @ right, torch.bfloat16)
+    turned = merged.T.contiguous().T
+    turned[3, 5] = wrong
+    deviation = measure(weight.T.contiguous().T, turned, expected(left, right))
+    assert deviation.not_nearest == 1 and not deviation.finite
+
+
+def test_an_infinity_is_never_right_in_a_merged_weight(
+    factors: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    weight, left, right = factors
+    left[2] = 1e308
+    right[:, 4] = 1e308
+    merged = (weight.double() + left @ right).bfloat16()
+    assert bool(merged.isinf().any())
+    assert not measure(weight, merged, expected(left, right)).finite
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "wrong"),
+    [([0.0, 1.0], [1e-20, 1.0], 1), ([-math.inf, 2.0], [-math.inf, 2.0], 0), ([1.0], [1.0], 0)],
+)
+def test_values_widened_to_float64_are_compared_as_they_are(
+    values: list[float], given: list[float], wrong: int
+) -> None:
+    written = torch.tensor([given], dtype=torch.float64)
+    before = written.clone()
+    deviation = Deviation(None, may_overflow=True)
+    deviation.add(torch.tensor([values]).bfloat16(), written)
+    assert deviation.not_nearest == wrong and torch.equal(written, before)

@@ -308,7 +308,7 @@ def test_a_wrong_product_in_the_merge_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bytes_that_change_on_disk_leave_nothing(
+def test_bytes_that_read_back_as_others_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read_wrongly(descriptor: int, buffer: memoryview, offset: int) -> None:

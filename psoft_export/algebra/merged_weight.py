@@ -5,6 +5,7 @@ Works in row blocks, so that memory beyond W stays small whatever its size.
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -21,7 +22,7 @@ Settle = Callable[[Tensor, Tensor], Tensor]
 # float64 bytes of one row block: its operands stay in a CPU's caches, and fill a GPU.
 _BLOCK_BYTES = 4 * 2**20
 _DEVICE_BLOCK_BYTES = 64 * 2**20
-_ENTRIES = 2**14  # of one gathered product: at r = 64, 8 MB
+_GATHERED_BYTES = 8 * 2**20  # of each factor, where single entries are computed
 
 # Compute capabilities of P100, V100, A100, H100/H200 and B200.
 _FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
@@ -86,10 +87,16 @@ class AddedProduct:
             left: out × r and right: r × in, float64, same device; see `low_rank_factors`.
         """
         self._left, self._right = left, right
-        self._by_columns = right.T.contiguous()
         compute = product_dtype(left.device)
         self._compute = left.to(compute), right.to(compute)
-        self._single = left.float(), right.float()
+
+    @cached_property
+    def _single(self) -> tuple[Tensor, Tensor]:
+        return self._left.float(), self._right.float()
+
+    @cached_property
+    def _by_columns(self) -> Tensor:
+        return self._right.T.contiguous()
 
     def __call__(self, exact: Tensor, rows: slice) -> Tensor:
         """Rows of the merged weight, float64."""
@@ -111,8 +118,9 @@ class AddedProduct:
             row: where each entry is; and column.
         """
         found = weight[row, column].to(torch.float64)
-        for start in range(0, len(row), _ENTRIES):
-            part = slice(start, start + _ENTRIES)
+        step = max(1, _GATHERED_BYTES // (8 * len(self._right)))
+        for start in range(0, len(row), step):
+            part = slice(start, start + step)
             products = self._left[row[part]].mul_(self._by_columns[column[part]])
             found[part] += products.sum(1)
         return found

@@ -85,7 +85,11 @@ class ShardWriter:
         self._written = 0
         self._digest = digest
         self._handle = path.open("x+b", buffering=0)
-        self._write(memoryview(start))
+        try:
+            self._write(memoryview(start))
+        except BaseException:
+            self._handle.close()
+            raise
 
     def append(self, data: Tensor) -> None:
         """Write the next bytes (a flat uint8 tensor on the CPU)."""
@@ -135,7 +139,7 @@ class ShardWriter:
             found = bytearray()
         if found != written:
             raise NotEquivalentError(
-                f"{self.path.name} reads back as other bytes than written: a fault of the disk or "
-                "of memory; nothing was written. Run again, on another disk if it stays"
+                f"{self.path.name} reads back as other bytes than written: a fault of memory or of "
+                "the file system; nothing was written. Run again, elsewhere if it stays"
             )
         return found

@@ -110,7 +110,7 @@ class Deviation:
         for start, exact, delta in self._tiles(weight):
             written = given[start : start + len(exact)]
             at = exact.to(work)
-            error = written.to(work, memory_format=torch.contiguous_format).sub_(at)
+            error = written.to(work, copy=True, memory_format=torch.contiguous_format).sub_(at)
             ulps = error.abs().div_(unit_in_last_place(at, given.dtype))
             found, largest = _reaching(ulps, bound)
             if not math.isfinite(largest):
@@ -120,9 +120,9 @@ class Deviation:
                 found, largest = _reaching(ulps, 0.5)
             if len(found):
                 suspects.take(start * given.shape[1], found, exact, delta)
-                error.view(-1)[found] = 0  # until they are judged
-            else:
-                self.largest_ulp = max(self.largest_ulp, largest)
+                error.view(-1)[found] = ulps.view(-1)[found] = 0  # until they are judged
+                largest = float(ulps.max())
+            self.largest_ulp = max(self.largest_ulp, largest)
             error = error.to(torch.float64)
             self._exact += _dot(exact, exact)
             self._error += _dot(error, error)
@@ -139,8 +139,10 @@ class Deviation:
 
     def _error_beside_infinities(self, given: Tensor, exact: Tensor) -> Tensor:
         """The error of each entry of a tile, float64; none where an infinity is right."""
-        written = given.to(torch.float64)
-        right = written == exact  # both the same infinity
+        written = given.to(torch.float64, memory_format=torch.contiguous_format)
+        right = written == exact  # both the same infinity, which no merged weight may hold
+        if self._expected is not None:
+            right.fill_(False)
         if self._may_overflow:
             beyond = exact.abs() > torch.finfo(given.dtype).max
             right |= written.isinf() & beyond & (written.sign() == exact.sign())
