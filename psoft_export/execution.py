@@ -209,7 +209,6 @@ class Run:
         change = target.change(self._plan.adapter)
         dtype, expected = TORCH_DTYPES[tensor.spec.dtype], change.expected(weight)
         merge = WeightMerge(weight, change.merging(weight), dtype)
-
         merged = torch.empty(weight.shape, dtype=dtype)
 
         def merge_rows(rows: slice) -> Deviation:
@@ -239,9 +238,8 @@ class Run:
             relative_rounding=deviation.relative_rounding,
         )
         geometry = examine_geometry(target, change) if self._with_geometry else None
-        if tensor.transposed:
-            merged = merged.T
-        return _Merged(raw(merged), report, equivalence, geometry)
+        data = raw(merged.T if tensor.transposed else merged)
+        return _Merged(data, report, equivalence, geometry)
 
     def _report(self, tensor: PlannedTensor, nbytes: int) -> None:
         self._done_bytes += nbytes
@@ -268,7 +266,7 @@ class _Sink(AbstractContextManager["_Sink"]):
 class _ShardSink(_Sink):
     """Receives the output's bytes in order and keeps one weight file open at a time.
 
-    The SHA-256 of each file, as it reads back, goes into `files`.
+    A file that is complete is read back; its SHA-256 goes into `files`.
     """
 
     def __init__(
@@ -307,7 +305,10 @@ class _ShardSink(_Sink):
 
     def _finish(self, writer: ShardWriter) -> None:
         writer.close()
-        self._files[writer.path.name] = self._digest.hexdigest()
+        written, found = self._digest.hexdigest(), file_sha256(writer.path, OutputError)
+        if found != written:
+            raise _not_equivalent(f"{writer.path.name} reads back as other bytes than written")
+        self._files[writer.path.name] = written
 
 
 class _PatchSink(_Sink):

@@ -54,7 +54,7 @@ class LayoutCache:
             layout = _read(kept["layout"], checkpoint.entries)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        if not _is_of(layout, checkpoint, adapter):
+        if not _is_of(layout, adapter):
             return None
         with suppress(OSError):
             os.utime(path)
@@ -106,18 +106,23 @@ def layout_key(checkpoint: Checkpoint, adapter: Adapter, options: OutputOptions)
         return None
 
 
-def _is_of(layout: Layout, checkpoint: Checkpoint, adapter: Adapter) -> bool:
-    """Whether a layout merges this adapter, whole, into files of its own folder."""
+def _is_of(layout: Layout, adapter: Adapter) -> bool:
+    """Whether a layout merges this adapter, whole, into files of the output folder itself."""
     tensors = [tensor for shard in layout.shards for tensor in shard.tensors]
     modules = sorted(tensor.module for tensor in tensors if tensor.module is not None)
-    stored = {tensor.spec.name: tensor.spec.shape for tensor in tensors if tensor.entry is not None}
-    shapes = {entry.shape for entry in checkpoint.entries.values()}
     return (
         modules == sorted(adapter.modules)
-        and all(tensor.saved in adapter.saved for tensor in tensors if tensor.saved is not None)
-        and shapes.issuperset(stored.values())
+        and all(_has_origin(tensor, adapter) for tensor in tensors)
         and all(Path(shard.filename).name == shard.filename for shard in layout.shards)
     )
+
+
+def _has_origin(tensor: PlannedTensor, adapter: Adapter) -> bool:
+    """Whether a tensor is one of the base's, or the adapter's, in its shape."""
+    if tensor.saved is not None:
+        saved = adapter.saved.get(tensor.saved)
+        return saved is not None and tensor.spec.shape == tuple(saved.shape)
+    return tensor.entry is not None and tensor.spec.shape == tensor.entry.shape
 
 
 def _shapes(entries: Iterable[TensorEntry]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from psoft_export import layouts, load_adapter, merge, plan_merge, start_planner
+from psoft_export import layouts, load_adapter, merge, plan_merge
 from psoft_export.checkpoint.reader import open_checkpoint
 from psoft_export.cli.main import run
 from psoft_export.layouts import LayoutCache, layout_key
@@ -138,7 +138,7 @@ def test_a_damaged_entry_is_made_anew(
     assert path.read_text() == text, "and kept again"
 
 
-@pytest.mark.parametrize("fault", ["another key", "a path", "a module left out"])
+@pytest.mark.parametrize("fault", ["another key", "a path", "a module left out", "a shape"])
 def test_a_layout_of_something_else_is_not_taken(
     fault: str, llama: Path, llama_adapter: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +154,10 @@ def test_a_layout_of_something_else_is_not_taken(
         key = "cd" * 32
     elif fault == "a path":
         cache.put(key, replace(made, shards=(replace(shard, filename="../model.safetensors"),)))
+    elif fault == "a shape":
+        specs = [replace(t.spec, shape=(*t.spec.shape, 1)) for t in shard.tensors]
+        tensors = [replace(t, spec=s) for t, s in zip(shard.tensors, specs, strict=True)]
+        cache.put(key, replace(made, shards=(replace(shard, tensors=tuple(tensors)),)))
     else:
         tensors = [replace(t, module=None) for t in shard.tensors]
         cache.put(key, replace(made, shards=(replace(shard, tensors=tuple(tensors)),)))
@@ -194,4 +198,4 @@ def test_a_planner_that_is_not_needed_ends(llama: Path, llama_adapter: Path) -> 
     plan_merge(llama, llama_adapter)
     planner = Planner()
     plan_merge(llama, llama_adapter, planner=planner)
-    assert planner._process.exitcode is not None and start_planner() is None
+    assert planner._process.exitcode is not None

@@ -158,7 +158,7 @@ def test_the_certificate_sees_a_wrong_vector(part: str) -> None:
     weight = matrix(640, 700, decaying(640)).double()
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     near, far, sigma = left.T[:32].clone(), right[:32].clone(), values[:32].clone()
-    held = solver._Long(weight, solver.Workspace())
+    held = solver._TallMatrix(weight, solver.Workspace())
     assert solver._certificate(held, near, sigma, far, 16, "svd", 0).accepted
     if part == "vectors":  # 1e-6 radians out of the subspace, both sides to match
         near[5] += 1e-6 * left.T[100]
@@ -177,12 +177,12 @@ def test_products_with_tiles_are_those_of_the_whole(
     weight = torch.randn(shape).to(dtype)
     short = weight.double() if shape[0] < shape[1] else weight.double().T
     near, far = torch.randn(5, 300).double(), torch.randn(5, 410).double()
-    held = solver._Long(weight, solver.Workspace())
+    held = solver._TallMatrix(weight, solver.Workspace())
     assert torch.equal(held.whole(), short)
     pairs = [
-        (held.images(near), near @ short),
-        (held.preimages(far), far @ short.T),
-        (held.there_and_back(near), near @ short @ short.T),
+        (held.to_long_side(near), near @ short),
+        (held.to_short_side(far), far @ short.T),
+        (held.gram_product(near), near @ short @ short.T),
         (held.gram(), short @ short.T),
     ]
     for found, wanted in pairs:

@@ -18,7 +18,7 @@ from psoft_export.algebra.merged_weight import low_rank_factors
 from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
 from psoft_export.algebra.rotation import generator_size
 from psoft_export.algebra.rotation import rotation as merging_rotation
-from psoft_export.checkpoint.safetensors_file import read_fully
+from psoft_export.checkpoint.writer import ShardWriter
 from psoft_export.cli.main import run
 from psoft_export.errors import CheckpointError, MismatchError, NotEquivalentError, UsageError
 from psoft_export.reference.rotation import expected_product, reference_rotation
@@ -308,15 +308,20 @@ def test_a_wrong_product_in_the_merge_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bytes_that_read_back_as_others_leave_nothing(
+def test_bytes_that_change_on_disk_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_wrongly(descriptor: int, buffer: memoryview, offset: int) -> None:
-        read_fully(descriptor, buffer, offset)
-        if offset > 2**20:
-            buffer[-5] ^= 1
+    close = ShardWriter.close
 
-    monkeypatch.setattr("psoft_export.checkpoint.writer.read_fully", read_wrongly)
+    def close_and_corrupt(self: ShardWriter, **options: bool) -> None:
+        close(self, **options)
+        with self.path.open("r+b") as file:
+            file.seek(-5, 2)
+            byte = file.read(1)
+            file.seek(-5, 2)
+            file.write(bytes([byte[0] ^ 1]))
+
+    monkeypatch.setattr(ShardWriter, "close", close_and_corrupt)
     with pytest.raises(NotEquivalentError, match=r"model\.safetensors reads back as other bytes"):
         psoft_export.merge(BASE, RELAXED, tmp_path / "merged", cache=False)
     assert list(tmp_path.iterdir()) == []

@@ -106,7 +106,7 @@ class AddedProduct:
         return exact.add_(left[rows] @ right)
 
     def estimate(self, weight: Tensor, rows: slice) -> Tensor:
-        """The same of rows of W (any floating dtype), all in float32, at twice the speed."""
+        """The same of rows of W (any floating dtype), all in float32, which is faster."""
         left, right = self._single
         return torch.addmm(weight.float(), left[rows], right)
 

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from psoft_export.algebra.few import entries_reaching
+
 # Significant bits of each dtype, the hidden one counted.
 _PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-_TIE = -(2**31)  # a one and zeros
-_TILE = 512
+_TIE = 2**31 - 1  # a one and zeros, inverted: the largest int32
 
 
 def round_to_nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -42,18 +43,9 @@ def round_to_nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _ties(bits: Tensor, dropped: int) -> Tensor:
-    """Flat indices of the float32 numbers (as int32) whose last `dropped` bits are 100…0.
-
-    The smallest of each tile is found first: there are few ties, and comparing every number is
-    several times as slow as a minimum.
-    """
-    last = torch.bitwise_left_shift(bits, 32 - dropped).view(-1)
-    whole = last.numel() // _TILE * _TILE
-    tiles = last[:whole].view(-1, _TILE)
-    chosen = (tiles.amin(1) == _TIE).nonzero()[:, 0]
-    found = (tiles.index_select(0, chosen) == _TIE).nonzero()
-    behind = (last[whole:] == _TIE).nonzero()[:, 0] + whole
-    return torch.cat([chosen[found[:, 0]] * _TILE + found[:, 1], behind])
+    """Flat indices of the float32 numbers (as int32) whose last `dropped` bits are 100…0."""
+    last = torch.bitwise_left_shift(bits, 32 - dropped).bitwise_not_()
+    return entries_reaching(last, _TIE)[0]
 
 
 def all_finite(values: Tensor) -> bool:

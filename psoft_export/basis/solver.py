@@ -98,7 +98,7 @@ class Workspace:
         return self._kept[key][:count].view(rows, columns)
 
 
-class _Long:
+class _TallMatrix:
     """W with its longer side (l) in rows and its shorter (k) in columns, and products in float64.
 
     On a CPU it is kept in float32, which holds 16-bit numbers exactly, and made float64 a tile at
@@ -129,22 +129,22 @@ class _Long:
                 values = self._tile[: len(values)].copy_(values)
             yield rows, values
 
-    def images(self, near: Tensor) -> Tensor:
-        """Rows of the short side (p × k) → their images on the long one (p × l)."""
+    def to_long_side(self, near: Tensor) -> Tensor:
+        """Vectors in rows (p × k) → their products with W (p × l)."""
         far = torch.empty(len(near), self.length, dtype=torch.float64, device=self.device)
         for rows, values in self._tiles():
             far[:, rows] = near @ values.T
         return far
 
-    def preimages(self, far: Tensor) -> Tensor:
-        """Rows of the long side (p × l), by the transpose, on the short one (p × k)."""
+    def to_short_side(self, far: Tensor) -> Tensor:
+        """Vectors in rows (p × l) → their products with the transpose of W (p × k)."""
         near = torch.zeros(len(far), self.size, dtype=torch.float64, device=self.device)
         for rows, values in self._tiles():
             near.addmm_(far[:, rows], values)
         return near
 
-    def there_and_back(self, near: Tensor) -> Tensor:
-        """`preimages` of `images`: the product with the Gram matrix of the short side."""
+    def gram_product(self, near: Tensor) -> Tensor:
+        """Vectors in rows (p × k) → their products with the Gram matrix of the short side."""
         image = torch.zeros_like(near)
         for _, values in self._tiles():
             image.addmm_(near @ values.T, values)
@@ -177,7 +177,7 @@ def leading_triplets(weight: Tensor, rank: int, workspace: Workspace | None = No
         methods could not be certified (no gap behind the vectors, W of lower rank, say).
     """
     memory = workspace or Workspace()
-    matrix = _Long(weight, memory)
+    matrix = _TallMatrix(weight, memory)
     size = matrix.size
     kept = min(size, rank + max(16, rank // 4))
     found = None
@@ -206,30 +206,30 @@ class _Space:
     columns: int = 0
 
 
-def _certified(matrix: _Long, space: _Space | None, rank: int, method: str) -> _Found | None:
+def _certified(matrix: _TallMatrix, space: _Space | None, rank: int, method: str) -> _Found | None:
     """The triplets within a space, or None where they cannot be certified."""
     if space is None:
         return None
-    # Rayleigh–Ritz: the images of `near` are values · far by construction.
-    orthonormal, triangle = torch.linalg.qr(matrix.images(space.vectors).T)
+    # Rayleigh–Ritz: the products of `near` with W are values · far by construction.
+    orthonormal, triangle = torch.linalg.qr(matrix.to_long_side(space.vectors).T)
     turn, values, far = torch.linalg.svd(triangle.T)
     near, far = turn.T @ space.vectors, far @ orthonormal.T
     certificate = _certificate(matrix, near, values, far, rank, method, space.columns)
     return (near, values, far, certificate) if certificate.accepted else None
 
 
-def _full(matrix: _Long, kept: int, rank: int) -> _Found:
+def _full(matrix: _TallMatrix, kept: int, rank: int) -> _Found:
     left, values, right = torch.linalg.svd(matrix.whole(), full_matrices=False)
     near, values, far = left.T[:kept], values[:kept], right[:kept]
     return near, values, far, _certificate(matrix, near, values, far, rank, "svd", 0)
 
 
-def _gram(matrix: _Long, kept: int) -> _Space:
+def _gram(matrix: _TallMatrix, kept: int) -> _Space:
     _, vectors = torch.linalg.eigh(matrix.gram())
     return _Space(vectors.flip(1)[:, :kept].T)
 
 
-def _lanczos(matrix: _Long, rank: int, kept: int, memory: Workspace) -> _Space | None:
+def _lanczos(matrix: _TallMatrix, rank: int, kept: int, memory: Workspace) -> _Space | None:
     """The leading `kept` Ritz vectors of the Gram matrix, or None where it does not converge.
 
     Stops when the first `rank` of them are within `_TOLERANCE` by their residuals, and gives up
@@ -249,7 +249,7 @@ def _lanczos(matrix: _Long, rank: int, kept: int, memory: Workspace) -> _Space |
     columns = 0
     while columns + _BLOCK <= limit:
         basis[columns : columns + _BLOCK] = block
-        image = matrix.there_and_back(block)
+        image = matrix.gram_product(block)
         columns += _BLOCK
         # In exact arithmetic only the last two blocks matter; the whole basis takes up rounding.
         first, rows = max(0, columns - 2 * _BLOCK), slice(columns - _BLOCK, columns)
@@ -319,7 +319,7 @@ class _Schedule:
 
 
 def _certificate(
-    matrix: _Long,
+    matrix: _TallMatrix,
     near: Tensor,
     values: Tensor,
     far: Tensor,
@@ -327,7 +327,9 @@ def _certificate(
     method: str,
     columns: int,
 ) -> Certificate:
-    residual = torch.linalg.vector_norm(matrix.preimages(far) - values[:, None] * near, dim=1).cpu()
+    residual = torch.linalg.vector_norm(
+        matrix.to_short_side(far) - values[:, None] * near, dim=1
+    ).cpu()
     sigma = values.cpu()
     whole = len(sigma) == matrix.size
     outside = 0.0 if whole else float(sigma[-1] + residual[-1])

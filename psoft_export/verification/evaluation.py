@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from psoft_export.algebra.few import entries_reaching
 from psoft_export.algebra.merged_weight import Settle
 from psoft_export.reference.expected import Expected
 
@@ -14,11 +15,7 @@ from psoft_export.reference.expected import Expected
 _TILE_BYTES = 2 * 2**20
 _DEVICE_TILE_BYTES = 64 * 2**20
 DOUBLE = 2.0**-53  # unit roundoff of float64
-_PIECE = 512
 _MOST_SUSPECTS = 2**20  # that wait to be judged
-# An error is known in a wider dtype to that dtype's epsilon times this, in units of the last place
-# of the narrow one, and better.
-_DOUBT = {torch.float16: 2.0**11, torch.bfloat16: 2.0**8, torch.float32: 0.0, torch.float64: 0.0}
 _EXPONENTS = {
     torch.float64: (torch.int64, 0x7FF0000000000000),
     torch.float32: (torch.int32, 0x7F800000),
@@ -105,19 +102,21 @@ class Deviation:
                 they are judged.
         """
         work = torch.float32 if given.dtype.itemsize < 4 else torch.float64
-        bound = 0.5 - torch.finfo(work).eps * _DOUBT[given.dtype]
+        bound = 0.5
+        if given.dtype != work:  # in whose units the rounding of `work` stays below this
+            bound -= 2 * torch.finfo(work).eps / torch.finfo(given.dtype).eps
         suspects = _Suspects()
         for start, exact, delta in self._tiles(weight):
             written = given[start : start + len(exact)]
             at = exact.to(work)
             error = written.to(work, copy=True, memory_format=torch.contiguous_format).sub_(at)
             ulps = error.abs().div_(unit_in_last_place(at, given.dtype))
-            found, largest = _reaching(ulps, bound)
+            found, largest = entries_reaching(ulps, bound)
             if not math.isfinite(largest):
                 error = self._error_beside_infinities(written, exact)
                 ulps = error.abs().div_(unit_in_last_place(exact, given.dtype))
                 ulps.nan_to_num_(math.inf, math.inf)
-                found, largest = _reaching(ulps, 0.5)
+                found, largest = entries_reaching(ulps, 0.5)
             if len(found):
                 suspects.take(start * given.shape[1], found, exact, delta)
                 error.view(-1)[found] = ulps.view(-1)[found] = 0  # until they are judged
@@ -247,24 +246,6 @@ def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
     bits, mask = _EXPONENTS[values.dtype]
     powers = values.view(bits).bitwise_and(mask).view(values.dtype)
     return powers.clamp_(limits.tiny, limits.max).mul_(limits.eps)
-
-
-def _reaching(values: Tensor, bound: float) -> tuple[Tensor, float]:
-    """Flat indices of the entries that reach `bound`, and the largest; NaN where there is one.
-
-    The largest of each piece is found first: comparing every number is slower than a maximum.
-    """
-    flat = values.view(-1)
-    whole = flat.numel() // _PIECE * _PIECE
-    pieces, behind = flat[:whole].view(-1, _PIECE), flat[whole:]
-    tops = pieces.amax(1)
-    largest = float(torch.cat([tops, behind]).max()) if flat.numel() else 0.0
-    if largest < bound:
-        return torch.empty(0, dtype=torch.long), largest
-    chosen = (tops >= bound).nonzero()[:, 0]
-    found = (pieces[chosen] >= bound).nonzero()
-    rest = (behind >= bound).nonzero()[:, 0] + whole
-    return torch.cat([chosen[found[:, 0]] * _PIECE + found[:, 1], rest]), largest
 
 
 def _dot(first: Tensor, second: Tensor) -> float:
