@@ -4,6 +4,7 @@ import hashlib
 import os
 from abc import abstractmethod
 from collections.abc import Collection, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,7 +267,8 @@ class _Sink(AbstractContextManager["_Sink"]):
 class _ShardSink(_Sink):
     """Receives the output's bytes in order and keeps one weight file open at a time.
 
-    A file that is complete is read back; its SHA-256 goes into `files`.
+    A file that is complete is flushed to disk and read back while the next one is written; its
+    SHA-256 goes into `files`.
     """
 
     def __init__(
@@ -278,15 +280,18 @@ class _ShardSink(_Sink):
         self._shards = {tensor.spec.name: shard for shard in shards for tensor in shard.tensors}
         self._shard: PlannedShard | None = None
         self._writer: ShardWriter | None = None
+        self._pool = ThreadPoolExecutor(2, "psoft-finish")
+        self._complete: _CompleteFile | None = None
 
     def __enter__(self) -> "_ShardSink":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._writer is not None:
+        with self._pool:
             if kind is None:
-                self._finish(self._writer)
-            else:
+                self._finish()
+                self._compare()
+            elif self._writer is not None:
                 self._writer.abandon()
 
     def write(self, item: tuple[PlannedTensor, Tensor]) -> None:
@@ -294,8 +299,7 @@ class _ShardSink(_Sink):
         tensor, data = item
         shard = self._shards[tensor.spec.name]
         if shard is not self._shard:
-            if self._writer is not None:
-                self._finish(self._writer)
+            self._finish()
             specs = [planned.spec for planned in shard.tensors]
             path, self._digest = self._folder / shard.filename, hashlib.sha256()
             self._writer = ShardWriter(path, specs, shard.metadata, self._digest)
@@ -303,12 +307,33 @@ class _ShardSink(_Sink):
         assert self._writer is not None
         self._writer.append(data)
 
-    def _finish(self, writer: ShardWriter) -> None:
-        writer.close()
-        written, found = self._digest.hexdigest(), file_sha256(writer.path, OutputError)
-        if found != written:
-            raise _not_equivalent(f"{writer.path.name} reads back as other bytes than written")
-        self._files[writer.path.name] = written
+    def _finish(self) -> None:
+        """Flush and read back the file at hand, once the one before it is found to be right."""
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        self._compare()
+        flushed = self._pool.submit(writer.close)
+        found = self._pool.submit(file_sha256, writer.path, OutputError)
+        self._complete = _CompleteFile(writer.path.name, self._digest.hexdigest(), flushed, found)
+
+    def _compare(self) -> None:
+        if (file := self._complete) is None:
+            return
+        file.flushed.result()
+        if file.found.result() != file.written:
+            raise _not_equivalent(f"{file.name} reads back as other bytes than written")
+        self._files[file.name] = file.written
+
+
+@dataclass(frozen=True)
+class _CompleteFile:
+    """A file on its way to disk: the SHA-256 of what was written, and of what is found there."""
+
+    name: str
+    written: str
+    flushed: Future[None]
+    found: Future[str]
 
 
 class _PatchSink(_Sink):

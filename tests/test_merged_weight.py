@@ -207,6 +207,23 @@ def test_the_largest_distance_is_that_of_all_entries() -> None:
     assert deviation.not_nearest == 0 and given[0, 7] == 1 + 2**-7
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_neighbour_of_the_nearest_number_is_found_at_every_magnitude(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    powers = torch.arange(math.log2(limits.smallest_normal) - 3, math.log2(limits.max) - 1)
+    marks = torch.linspace(1, 2, 33, dtype=torch.float64)[:-1]
+    marks[1:] += 1e-3  # the first column holds numbers of `dtype` itself
+    exact = powers.double().exp2()[:, None] * marks
+    exact = torch.cat([exact, -exact])
+    nearest = round_to_nearest(exact, dtype)
+    up, down = (torch.nextafter(nearest, torch.full_like(nearest, s * math.inf)) for s in (1, -1))
+    for given, moved in ((nearest, False), (up, True), (down, True), (-nearest, True)):
+        deviation = Deviation(None)
+        deviation.add(exact, given)
+        assert deviation.not_nearest == moved * exact.numel()
+        assert (deviation.largest_ulp <= 0.5) != moved
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_in_a_transposed_weight_is_not_nearest(
     wrong: float, factors: tuple[Tensor, Tensor, Tensor]

@@ -18,9 +18,15 @@ from psoft_export.algebra.merged_weight import low_rank_factors
 from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
 from psoft_export.algebra.rotation import generator_size
 from psoft_export.algebra.rotation import rotation as merging_rotation
-from psoft_export.checkpoint.writer import ShardWriter
+from psoft_export.checkpoint.reader import file_sha256
 from psoft_export.cli.main import run
-from psoft_export.errors import CheckpointError, MismatchError, NotEquivalentError, UsageError
+from psoft_export.errors import (
+    CheckpointError,
+    MismatchError,
+    NotEquivalentError,
+    PsoftExportError,
+    UsageError,
+)
 from psoft_export.reference.rotation import expected_product, reference_rotation
 from psoft_export.verification.evaluation import (
     Deviation,
@@ -311,17 +317,15 @@ def test_a_wrong_product_in_the_merge_leaves_nothing(
 def test_bytes_that_change_on_disk_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    close = ShardWriter.close
-
-    def close_and_corrupt(self: ShardWriter, **options: bool) -> None:
-        close(self, **options)
-        with self.path.open("r+b") as file:
+    def corrupt_and_hash(path: Path, error: type[PsoftExportError]) -> str:
+        with path.open("r+b") as file:
             file.seek(-5, 2)
             byte = file.read(1)
             file.seek(-5, 2)
             file.write(bytes([byte[0] ^ 1]))
+        return file_sha256(path, error)
 
-    monkeypatch.setattr(ShardWriter, "close", close_and_corrupt)
+    monkeypatch.setattr("psoft_export.execution.file_sha256", corrupt_and_hash)
     with pytest.raises(NotEquivalentError, match=r"model\.safetensors reads back as other bytes"):
         psoft_export.merge(BASE, RELAXED, tmp_path / "merged", cache=False)
     assert list(tmp_path.iterdir()) == []

@@ -6,28 +6,22 @@ from torch import Tensor
 _PIECE = 512
 
 
-def entries_reaching(values: Tensor, bound: float) -> tuple[Tensor, float]:
-    """Flat indices of the entries that are at least `bound`, and the largest entry.
+def entries_reaching(values: Tensor, bound: float, *, downwards: bool = False) -> Tensor:
+    """Flat indices, in no order, of the entries that are at least `bound`.
 
     The largest of each piece is found first: comparing every number is several times as slow as a
-    maximum, and there are few such entries.
+    maximum, and there are few such entries. NaN hides what else is in its piece.
 
     Args:
         values: contiguous, any real dtype and shape.
         bound: what to reach.
-
-    Returns:
-        The indices, in no order, and the largest entry: NaN where there is one (then the indices
-        say nothing), 0 of nothing at all.
+        downwards: find those that are at most `bound`.
     """
+    reaches, farthest = (torch.le, torch.amin) if downwards else (torch.ge, torch.amax)
     flat = values.view(-1)
     whole = flat.numel() // _PIECE * _PIECE
     pieces, behind = flat[:whole].view(-1, _PIECE), flat[whole:]
-    tops = pieces.amax(1)
-    largest = float(torch.cat([tops, behind]).max()) if flat.numel() else 0.0
-    if largest < bound:
-        return flat.new_empty(0, dtype=torch.long), largest
-    chosen = (tops >= bound).nonzero()[:, 0]
-    found = (pieces.index_select(0, chosen) >= bound).nonzero()
-    rest = (behind >= bound).nonzero()[:, 0] + whole
-    return torch.cat([chosen[found[:, 0]] * _PIECE + found[:, 1], rest]), largest
+    chosen = reaches(farthest(pieces, 1), bound).nonzero()[:, 0]
+    found = reaches(pieces.index_select(0, chosen), bound).nonzero()
+    rest = reaches(behind, bound).nonzero()[:, 0] + whole
+    return torch.cat([chosen[found[:, 0]] * _PIECE + found[:, 1], rest])

@@ -45,7 +45,7 @@ def round_to_nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _ties(bits: Tensor, dropped: int) -> Tensor:
     """Flat indices of the float32 numbers (as int32) whose last `dropped` bits are 100…0."""
     last = torch.bitwise_left_shift(bits, 32 - dropped).bitwise_not_()
-    return entries_reaching(last, _TIE)[0]
+    return entries_reaching(last, _TIE)
 
 
 def all_finite(values: Tensor) -> bool:

@@ -1,7 +1,6 @@
 """How far a given merged weight is from the one that `reference` says it should be, in float64."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -81,7 +80,7 @@ class Deviation:
     @property
     def applied(self) -> float | None:
         """⟨given − W, ΔW⟩ / ‖ΔW‖²; None where ΔW is zero."""
-        return self._along / self._delta if self._delta else None
+        return 1 + self._along / self._delta if self._delta else None
 
     @property
     def finite(self) -> bool:
@@ -101,34 +100,29 @@ class Deviation:
                 nearest number, or nearly not; what it returns replaces them in `given` before
                 they are judged.
         """
-        work = torch.float32 if given.dtype.itemsize < 4 else torch.float64
-        bound = 0.5
-        if given.dtype != work:  # in whose units the rounding of `work` stays below this
-            bound -= 2 * torch.finfo(work).eps / torch.finfo(given.dtype).eps
-        suspects = _Suspects()
-        for start, exact, delta in self._tiles(weight):
-            written = given[start : start + len(exact)]
-            at = exact.to(work)
-            error = written.to(work, copy=True, memory_format=torch.contiguous_format).sub_(at)
-            ulps = error.abs().div_(unit_in_last_place(at, given.dtype))
-            found, largest = entries_reaching(ulps, bound)
-            if not math.isfinite(largest):
-                error = self._error_beside_infinities(written, exact)
-                ulps = error.abs().div_(unit_in_last_place(exact, given.dtype))
-                ulps.nan_to_num_(math.inf, math.inf)
-                found, largest = entries_reaching(ulps, 0.5)
+        suspects, tiles = _Suspects(), _Tiles(weight, given.dtype)
+        for start in range(0, len(given), tiles.rows):
+            rows = weight[start : start + tiles.rows]
+            written = given[start : start + tiles.rows]
+            exact = tiles.take("exact", rows)
+            self._weight += _dot(exact, exact)
+            delta = None
+            if self._expected is not None:
+                delta = self._expected.delta_of(exact, self._rows + start)
+                exact.add_(delta)
+                self._delta += _dot(delta, delta)
+            self._exact += _dot(exact, exact)
+            found, error, largest = tiles.compare(written, exact)
+            squared = _dot(error, error)
+            if not math.isfinite(squared):
+                found, error, largest = self._compared_beside_infinities(written, exact)
+                squared = _dot(error, error)
             if len(found):
                 suspects.take(start * given.shape[1], found, exact, delta)
-                error.view(-1)[found] = ulps.view(-1)[found] = 0  # until they are judged
-                largest = float(ulps.max())
             self.largest_ulp = max(self.largest_ulp, largest)
-            error = error.to(torch.float64)
-            self._exact += _dot(exact, exact)
-            self._error += _dot(error, error)
+            self._error += squared
             if delta is not None:
-                squared = _dot(delta, delta)
-                self._delta += squared
-                self._along += squared + _dot(error, delta)
+                self._along += _dot(error, delta)
             if suspects.count > _MOST_SUSPECTS:
                 self._judge(weight, given, suspects, settle)
                 suspects = _Suspects()
@@ -136,8 +130,10 @@ class Deviation:
             self._judge(weight, given, suspects, settle)
         self._rows += len(given)
 
-    def _error_beside_infinities(self, given: Tensor, exact: Tensor) -> Tensor:
-        """The error of each entry of a tile, float64; none where an infinity is right."""
+    def _compared_beside_infinities(
+        self, given: Tensor, exact: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """What `_Tiles.compare` returns; there is no error where an infinity is right."""
         written = given.to(torch.float64, memory_format=torch.contiguous_format)
         right = written == exact  # both the same infinity, which no merged weight may hold
         if self._expected is not None:
@@ -145,21 +141,12 @@ class Deviation:
         if self._may_overflow:
             beyond = exact.abs() > torch.finfo(given.dtype).max
             right |= written.isinf() & beyond & (written.sign() == exact.sign())
-        return torch.where(right, 0.0, written - exact)
-
-    def _tiles(self, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Start row, W + ΔW and ΔW of tiles that fit a cache; counts ‖W‖ on the way."""
-        size = _TILE_BYTES if weight.device.type == "cpu" else _DEVICE_TILE_BYTES
-        step = max(1, size // (8 * max(weight.shape[1], 1)))
-        for start in range(0, weight.shape[0], step):
-            rows = weight[start : start + step]
-            exact = rows.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-            self._weight += _dot(exact, exact)
-            delta = None
-            if self._expected is not None:
-                delta = self._expected.delta_of(exact, self._rows + start)
-                exact.add_(delta)
-            yield start, exact, delta
+        error = torch.where(right, 0.0, written - exact)
+        ulps = error.abs().div_(unit_in_last_place(exact, given.dtype))
+        ulps.nan_to_num_(math.inf, math.inf)
+        found = entries_reaching(ulps, 0.5)
+        error.view(-1)[found] = ulps.view(-1)[found] = 0
+        return found, error, float(ulps.max())
 
     def _judge(
         self, weight: Tensor, given: Tensor, suspects: "_Suspects", settle: Settle | None
@@ -189,6 +176,76 @@ class Deviation:
         ulps = (error.abs() / unit).nan_to_num_(math.inf, math.inf)
         self.largest_ulp = max(self.largest_ulp, float(ulps.max()))
         self.not_nearest += int(((ulps >= 0.5) & (ulps > half_unit + doubt / unit)).sum())
+
+
+class _Tiles:
+    """Row blocks of a weight, compared in memory that is taken once.
+
+    Fresh memory for each tile would come from the operating system page by page.
+
+    Attributes:
+        rows: how many rows a tile has; the last may have fewer.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        """Take memory for tiles of `weight`, to be compared with numbers of `dtype`."""
+        self._dtype = dtype
+        # What is narrow is compared in float32, and what is then beside ties again in float64.
+        self._work = torch.float32 if dtype.itemsize < 4 else torch.float64
+        size = _TILE_BYTES if weight.device.type == "cpu" else _DEVICE_TILE_BYTES
+        self.rows = max(1, min(len(weight), size // (8 * max(weight.shape[1], 1))))
+        like = weight.new_empty(self.rows, weight.shape[1], dtype=torch.float64)
+        self._memory = {
+            "exact": like,
+            "error": torch.empty_like(like),
+            "at": torch.empty_like(like, dtype=self._work),
+            "given": torch.empty_like(like, dtype=self._work),
+            "steps": torch.empty_like(like, dtype=torch.int32),
+        }
+
+    def take(self, name: str, values: Tensor) -> Tensor:
+        """A copy of `values` in the memory of that name, contiguous, in its dtype."""
+        return self._memory[name][: len(values)].copy_(values)
+
+    def compare(self, given: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Where `given` may not be the nearest number to `exact`, and how far the rest is.
+
+        Args:
+            given: a tile, in its dtype.
+            exact: what it should be, contiguous float64.
+
+        Returns:
+            The flat indices of entries that are half a unit in the last place from `exact`, or
+            farther, or nearly so; the error of all others (float64; 0 at those), and the largest
+            of these errors in units of the last place. An error that is not finite says that an
+            entry is not either, and that nothing else here is known.
+        """
+        at = exact if self._work == exact.dtype else self.take("at", exact)
+        written = self.take("given", given)
+        if self._dtype == torch.bfloat16:
+            # Its numbers are float32 numbers whose last 16 bits are zeros, so that as integers
+            # neighbours are 2^16 apart, and 2^15 from the tie between them.
+            steps = self._memory["steps"][: len(given)]
+            torch.sub(written.view(torch.int32), at.view(torch.int32), out=steps)
+            beside_tie = 2**15 - 2
+            above = entries_reaching(steps, beside_tie)
+            below = entries_reaching(steps, -beside_tie, downwards=True)
+            found = torch.cat([above, below])
+            steps.view(-1)[found] = 0
+            least, most = steps.aminmax()
+            largest = max(-int(least), int(most)) / 2**16
+            error = written.sub_(at)
+        else:
+            bound = 0.5
+            if self._work != self._dtype:  # in whose units the rounding to `work` is below this
+                bound -= 2 * torch.finfo(self._work).eps / torch.finfo(self._dtype).eps
+            error = written.sub_(at)
+            ulps = error.abs().div_(unit_in_last_place(at, self._dtype))
+            found = entries_reaching(ulps, bound)
+            ulps.view(-1)[found] = 0
+            largest = float(ulps.max())
+        error.view(-1)[found] *= 0  # which leaves NaN where one is not finite
+        return found, error if error.dtype == exact.dtype else self.take("error", error), largest
 
 
 class _Suspects:
