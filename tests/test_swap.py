@@ -168,7 +168,7 @@ def test_what_is_no_merge_of_this_base_is_left_alone(
 
     refused(errors.CheckpointError, "no such file; swap changes folders that", llama)
     refused(errors.UsageError, "merged from a local base .*pass --base", merged, base=None)
-    refused(errors.MismatchError, "", merged, adapter=PROSE)
+    refused(errors.MismatchError, "was the adapter trained on another base", merged, adapter=PROSE)
     stranger = files.copy_of(llama, tmp_path / "stranger")
     name = "model.layers.0.mlp.up_proj.weight"
     files.edit_tensors(stranger / "model.safetensors", lambda t: t | {name: t[name] * 2})
