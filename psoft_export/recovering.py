@@ -30,8 +30,10 @@ from psoft_export.cache import BasisCache, open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES, parse_dtype
 from psoft_export.checkpoint.output import OutputFolder, check_target
+from psoft_export.checkpoint.reader import file_sha256
 from psoft_export.device import choose_device
 from psoft_export.errors import (
+    CheckpointError,
     NotRecoveredError,
     OutputError,
     PartlyRecoveredError,
@@ -229,7 +231,7 @@ def recover(
     run = RecoveryRun(
         loss, examples.train, examples.held_out, matters, rows=batch, seed=seed, tell=tell
     )
-    state = _state_file(store, loaded, found, (batch, seed, compute, on, examples.digest))
+    state = _state_file(store, plan, found, (batch, seed, compute, on, examples.digest))
     outcome = run.carry_out(
         {
             name: torch.stack([known.signs[name] for known in found.values()])
@@ -381,18 +383,20 @@ def _task_loss(
 
 def _state_file(
     cache: BasisCache | None,
-    adapter: SubspaceAdapter,
+    plan: MergePlan,
     found: Mapping[str, KnownModule],
     options: Sequence[object],
 ) -> StateFile | None:
     """Where the search of these arguments is kept."""
     if cache is None:
         return None
+    # All of the base: the loss depends on what the adapter leaves as it is, too.
+    of_base = [plan.base.folder / companions.CONFIG, *(file.path for file in plan.checkpoint.files)]
     said = [
         importlib.metadata.version("psoft-export"),
         [_sign_bits(known.basis) for known in found.values()],
-        sorted(adapter.sha256.items()),
-        [(module, known.origin.sha256) for module, known in found.items()],
+        sorted(plan.adapter.sha256.items()),
+        [(path.name, file_sha256(path, CheckpointError)) for path in of_base],
         [sorted(known.signs) for known in found.values()],
         list(options),
     ]

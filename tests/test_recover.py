@@ -47,6 +47,7 @@ from psoft_export.recovery.significance import least_sure
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import Losses
 from psoft_export.recovery.verdict import judge, judged
+from tests import files
 from tests.conftest import EXAMPLES
 from tests.machines import numpy_svd, pretend
 from tests.models import save_adapter
@@ -593,6 +594,13 @@ def test_an_interrupted_recovery_goes_on(planted: Planted, scrambled: Path, tmp_
         recovered(planted, scrambled, note=stop, **options)
     assert not (scrambled / FILENAME).exists()
     told: list[str] = []
+    other = shutil.copytree(planted.base, tmp_path / "base")
+    name = "model.norm.weight"  # which the adapter does not change
+    files.edit_tensors(other / "model.safetensors", lambda t: t | {name: t[name] * 1.5})
+    with pytest.raises(StoppedError):
+        notes.clear()
+        recovered(replace(planted, base=other), scrambled, note=stop, **options)
+    assert len(list((tmp_path / "cache" / "searches").iterdir())) == 2
     kept = shutil.copytree(tmp_path / "cache", tmp_path / "other cache")
     assert list((kept / "searches").iterdir())
     assert run(["cache", "clear", "--cache-dir", str(kept)]) == 0
@@ -600,7 +608,7 @@ def test_an_interrupted_recovery_goes_on(planted: Planted, scrambled: Path, tmp_
     report = recovered(planted, scrambled, note=told.append, **options)
     assert any("going on after 1 cycles" in text for text in told)
     assert report.verdict == "recovered", report.reason
-    assert not list((tmp_path / "cache" / "searches").iterdir())
+    assert len(list((tmp_path / "cache" / "searches").iterdir())) == 1  # of the other base
 
 
 def test_a_time_limit_ends_it(planted: Planted, scrambled: Path) -> None:
