@@ -288,11 +288,13 @@ class _ShardSink(_Sink):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._pool:
-            if kind is None:
-                self._finish()
-                self._compare()
-            elif self._writer is not None:
-                self._writer.abandon()
+            try:
+                if kind is None:
+                    self._finish()
+                    self._compare()
+            finally:
+                if self._writer is not None:
+                    self._writer.abandon()
 
     def write(self, item: tuple[PlannedTensor, Tensor]) -> None:
         """Append a tensor's bytes to its file, opening it first where it is the next one."""
@@ -309,10 +311,10 @@ class _ShardSink(_Sink):
 
     def _finish(self) -> None:
         """Flush and read back the file at hand, once the one before it is found to be right."""
-        writer, self._writer = self._writer, None
-        if writer is None:
+        if (writer := self._writer) is None:
             return
         self._compare()
+        self._writer = None
         flushed = self._pool.submit(writer.close)
         found = self._pool.submit(file_sha256, writer.path, OutputError)
         self._complete = _CompleteFile(writer.path.name, self._digest.hexdigest(), flushed, found)

@@ -222,7 +222,7 @@ def recover(
     )
     store = open_cache(cache_dir) if cache else None
     plan = replace(plan, adapter=replace(loaded, record=None))
-    found = find_modules(plan, on, store, decompositions, tell)
+    found, base_sha256 = find_modules(plan, on, store, decompositions, tell)
     tell("recovering: loading the base")
     compute = asked_dtype or _compute_dtype(on, plan)
     loss = _task_loss(loader, loaded, found, examples, compute, on)
@@ -231,7 +231,9 @@ def recover(
     run = RecoveryRun(
         loss, examples.train, examples.held_out, matters, rows=batch, seed=seed, tell=tell
     )
-    state = _state_file(store, plan, found, (batch, seed, compute, on, examples.digest))
+    config_sha256 = file_sha256(plan.base.folder / companions.CONFIG, CheckpointError)
+    options = (batch, seed, compute, on, examples.digest, config_sha256, base_sha256)
+    state = _state_file(store, loaded, found, options)
     outcome = run.carry_out(
         {
             name: torch.stack([known.signs[name] for known in found.values()])
@@ -383,20 +385,17 @@ def _task_loss(
 
 def _state_file(
     cache: BasisCache | None,
-    plan: MergePlan,
+    adapter: SubspaceAdapter,
     found: Mapping[str, KnownModule],
     options: Sequence[object],
 ) -> StateFile | None:
     """Where the search of these arguments is kept."""
     if cache is None:
         return None
-    # All of the base: the loss depends on what the adapter leaves as it is, too.
-    of_base = [plan.base.folder / companions.CONFIG, *(file.path for file in plan.checkpoint.files)]
     said = [
         importlib.metadata.version("psoft-export"),
         [_sign_bits(known.basis) for known in found.values()],
-        sorted(plan.adapter.sha256.items()),
-        [(path.name, file_sha256(path, CheckpointError)) for path in of_base],
+        sorted(adapter.sha256.items()),
         [sorted(known.signs) for known in found.values()],
         list(options),
     ]

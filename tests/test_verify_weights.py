@@ -314,10 +314,13 @@ def test_a_wrong_product_in_the_merge_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("shard_size", "damaged"), [(None, ""), ("1MB", "-00001-of-")])
 def test_bytes_that_change_on_disk_leave_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shard_size: str | None, damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def corrupt_and_hash(path: Path, error: type[PsoftExportError]) -> str:
+        if damaged not in path.name:
+            return file_sha256(path, error)
         with path.open("r+b") as file:
             file.seek(-5, 2)
             byte = file.read(1)
@@ -326,8 +329,11 @@ def test_bytes_that_change_on_disk_leave_nothing(
         return file_sha256(path, error)
 
     monkeypatch.setattr("psoft_export.execution.file_sha256", corrupt_and_hash)
-    with pytest.raises(NotEquivalentError, match=r"model\.safetensors reads back as other bytes"):
-        psoft_export.merge(BASE, RELAXED, tmp_path / "merged", cache=False)
+    words = rf"model{damaged}.*safetensors reads back as other bytes"
+    with pytest.raises(NotEquivalentError, match=words):
+        psoft_export.merge(
+            BASE, RELAXED, tmp_path / "merged", cache=False, max_shard_size=shard_size
+        )
     assert list(tmp_path.iterdir()) == []
 
 

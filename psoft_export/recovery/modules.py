@@ -48,7 +48,7 @@ def find_modules(
     cache: BasisCache | None,
     decompositions: dict[str, Decompose],
     tell: Callable[[str], None],
-) -> dict[str, KnownModule]:
+) -> tuple[dict[str, KnownModule], dict[str, str]]:
     """Each module's basis, and what every decomposition says of its signs.
 
     Args:
@@ -59,7 +59,7 @@ def find_modules(
         tell: told in a few words of each weight.
 
     Returns:
-        Module → what is known of it.
+        Module → what is known of it, and the SHA-256 of each weight file of the base, by name.
     """
     adapter = plan.adapter
     assert isinstance(adapter, SubspaceAdapter)
@@ -91,7 +91,7 @@ def find_modules(
                 {name: signs for name, signs in read.items() if signs is not None},
             )
             tell(f"reading signs: {number} of {len(plan.targets)} weights")
-    return found
+        return found, reader.sha256()
 
 
 def _rounding(weight: Tensor) -> float:

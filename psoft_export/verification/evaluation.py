@@ -224,7 +224,8 @@ class _Tiles:
         written = self.take("given", given)
         if self._dtype == torch.bfloat16:
             # Its numbers are float32 numbers whose last 16 bits are zeros, so that as integers
-            # neighbours are 2^16 apart, and 2^15 from the tie between them.
+            # neighbours are 2^16 apart, and 2^15 from the tie between them. (Not so in float16:
+            # its subnormals, which many weights are, have float32's spacing of larger numbers.)
             steps = self._memory["steps"][: len(given)]
             torch.sub(written.view(torch.int32), at.view(torch.int32), out=steps)
             beside_tie = 2**15 - 2
