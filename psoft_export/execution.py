@@ -22,6 +22,7 @@ from psoft_export.checkpoint.reader import CHUNK_BYTES, file_sha256, raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_tensor
 from psoft_export.checkpoint.write_behind import WriteBehind
 from psoft_export.checkpoint.writer import WRITE_BYTES, ShardWriter
+from psoft_export.checkpoint.written_hash import WrittenHash
 from psoft_export.device import full_precision, workers_on
 from psoft_export.errors import NonFiniteError, NotEquivalentError, OutputError
 from psoft_export.manifest import ModuleReport
@@ -43,6 +44,7 @@ from psoft_export.verification.weights import (
 from psoft_export.weights import BaseReader
 
 _CHUNKS_AHEAD = 2
+_STRETCHES = 4  # of a file, read back side by side
 
 
 @dataclass(frozen=True)
@@ -276,11 +278,11 @@ class _ShardSink(_Sink):
     ) -> None:
         self._folder = folder
         self._files = files
-        self._digest = hashlib.sha256()
         self._shards = {tensor.spec.name: shard for shard in shards for tensor in shard.tensors}
         self._shard: PlannedShard | None = None
         self._writer: ShardWriter | None = None
-        self._pool = ThreadPoolExecutor(2, "psoft-finish")
+        self._hash = WrittenHash(0, 1)
+        self._pool = ThreadPoolExecutor(1 + _STRETCHES, "psoft-finish")
         self._complete: _CompleteFile | None = None
 
     def __enter__(self) -> "_ShardSink":
@@ -303,8 +305,9 @@ class _ShardSink(_Sink):
         if shard is not self._shard:
             self._finish()
             specs = [planned.spec for planned in shard.tensors]
-            path, self._digest = self._folder / shard.filename, hashlib.sha256()
-            self._writer = ShardWriter(path, specs, shard.metadata, self._digest)
+            self._hash = WrittenHash(sum(spec.nbytes for spec in specs), _STRETCHES)
+            path = self._folder / shard.filename
+            self._writer = ShardWriter(path, specs, shard.metadata, self._hash)
             self._shard = shard
         assert self._writer is not None
         self._writer.append(data)
@@ -316,26 +319,26 @@ class _ShardSink(_Sink):
         self._compare()
         self._writer = None
         flushed = self._pool.submit(writer.close)
-        found = self._pool.submit(file_sha256, writer.path, OutputError)
-        self._complete = _CompleteFile(writer.path.name, self._digest.hexdigest(), flushed, found)
+        found = self._hash.read_back(writer.path, self._pool)
+        self._complete = _CompleteFile(writer.path.name, self._hash.hexdigest(), flushed, found)
 
     def _compare(self) -> None:
         if (file := self._complete) is None:
             return
         file.flushed.result()
-        if file.found.result() != file.written:
+        if not all(part.result() for part in file.found):
             raise _not_equivalent(f"{file.name} reads back as other bytes than written")
-        self._files[file.name] = file.written
+        self._files[file.name] = file.sha256
 
 
 @dataclass(frozen=True)
 class _CompleteFile:
-    """A file on its way to disk: the SHA-256 of what was written, and of what is found there."""
+    """A file on its way to disk: the SHA-256 of what was written, and whether that is there."""
 
     name: str
-    written: str
+    sha256: str
     flushed: Future[None]
-    found: Future[str]
+    found: list[Future[bool]]
 
 
 class _PatchSink(_Sink):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ from psoft_export.algebra.merged_weight import low_rank_factors
 from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
 from psoft_export.algebra.rotation import generator_size
 from psoft_export.algebra.rotation import rotation as merging_rotation
-from psoft_export.checkpoint.reader import file_sha256
+from psoft_export.checkpoint.written_hash import WrittenHash
 from psoft_export.cli.main import run
 from psoft_export.errors import (
     CheckpointError,
     MismatchError,
     NotEquivalentError,
-    PsoftExportError,
     UsageError,
 )
 from psoft_export.reference.rotation import expected_product, reference_rotation
@@ -318,17 +318,17 @@ def test_a_wrong_product_in_the_merge_leaves_nothing(
 def test_bytes_that_change_on_disk_leave_nothing(
     shard_size: str | None, damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def corrupt_and_hash(path: Path, error: type[PsoftExportError]) -> str:
-        if damaged not in path.name:
-            return file_sha256(path, error)
-        with path.open("r+b") as file:
-            file.seek(-5, 2)
-            byte = file.read(1)
-            file.seek(-5, 2)
-            file.write(bytes([byte[0] ^ 1]))
-        return file_sha256(path, error)
+    def read_back_damaged(self: WrittenHash, path: Path, pool: Executor) -> list[Future[bool]]:
+        if damaged in path.name:
+            with path.open("r+b") as file:
+                file.seek(-5, 2)
+                byte = file.read(1)
+                file.seek(-5, 2)
+                file.write(bytes([byte[0] ^ 1]))
+        return read_back(self, path, pool)
 
-    monkeypatch.setattr("psoft_export.execution.file_sha256", corrupt_and_hash)
+    read_back = WrittenHash.read_back
+    monkeypatch.setattr(WrittenHash, "read_back", read_back_damaged)
     words = rf"model{damaged}.*safetensors reads back as other bytes"
     with pytest.raises(NotEquivalentError, match=words):
         psoft_export.merge(

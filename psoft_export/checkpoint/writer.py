@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
+from psoft_export.checkpoint.written_hash import WrittenHash
 
 # Of one system call. Larger ones took the kernel two to five times as long (ext4, Linux).
 WRITE_BYTES = 128 * 2**10
@@ -65,7 +66,7 @@ class ShardWriter:
         path: Path,
         specs: Iterable[TensorSpec],
         metadata: Mapping[str, str],
-        digest: "hashlib._Hash | None" = None,
+        digest: "hashlib._Hash | WrittenHash | None" = None,
     ) -> None:
         """Create the file and write its header; `digest` is fed every byte on the way."""
         self._specs = list(specs)
