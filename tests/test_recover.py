@@ -23,6 +23,7 @@ from psoft_export.adapters.basis_record import FILENAME, read_record
 from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
 from psoft_export.algebra.relaxed_signs import RelaxedSigns, couplings
 from psoft_export.algebra.rotation import conjugated, rotation
+from psoft_export.basis.svd import BasisOptions, make_basis, training_svd
 from psoft_export.cli.main import run
 from psoft_export.errors import (
     NonFiniteError,
@@ -32,8 +33,9 @@ from psoft_export.errors import (
     UnsupportedError,
     UsageError,
 )
+from psoft_export.recovery import readings
 from psoft_export.recovery.polish import FlipSlopes, Polished, crossed, polish
-from psoft_export.recovery.readings import known_readings
+from psoft_export.recovery.readings import known_readings, own_reading, read_signs
 from psoft_export.recovery.run import SHORT_STEPS, Outcome, RecoveryRun
 from psoft_export.recovery.run import STEPS as DEFAULT_STEPS
 from psoft_export.recovery.search import (
@@ -529,10 +531,20 @@ def test_a_reading_that_fails_is_left_away(
         raise np.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(np.linalg, "svd", fails)
+    monkeypatch.setitem(readings._ON_CPU, "cpu", fails)  # which found the basis, and is not redone
     told: list[str] = []
     report = recovered(planted, scrambled, random_start=False, note=told.append)
     assert set(report.readings) == set(known_readings(CPU)) - {"numpy"}
-    assert any("the SVD 'numpy' failed" in text for text in told)
+    (failure,) = [text for text in told if "failed" in text]
+    assert failure.startswith("the SVD 'numpy' failed for 'model.layers.0.")
+
+
+def test_the_svd_of_a_basis_reads_its_own_signs() -> None:
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(8))
+    options = BasisOptions(16, 1.0)
+    basis = make_basis(training_svd(weight, options)[0], options)
+    own = known_readings(CPU)[own_reading(CPU)]
+    assert torch.equal(read_signs(weight, basis, options, own), torch.ones(16))
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_it(

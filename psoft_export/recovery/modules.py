@@ -15,7 +15,7 @@ from psoft_export.basis.signs import inseparable
 from psoft_export.basis.svd import Basis, basis_values
 from psoft_export.cache import BasisCache
 from psoft_export.plan import MergePlan
-from psoft_export.recovery.readings import Decompose, read_signs
+from psoft_export.recovery.readings import Decompose, own_reading, read_signs
 from psoft_export.verification.evaluation import unit_in_last_place
 from psoft_export.weights import BaseReader
 
@@ -74,7 +74,12 @@ def find_modules(
             assert here.basis is not None and here.next_value is not None
             basis = here.basis.to(cpu)
             single = weight.as_trained.to(device, torch.float32)
-            read = {n: read_signs(single, basis, options, d) for n, d in decompositions.items()}
+            read = {
+                name: torch.ones(options.rank)  # the basis is of that very decomposition
+                if name == own_reading(device)
+                else read_signs(single, basis, options, decompose)
+                for name, decompose in decompositions.items()
+            }
             for name in [name for name, signs in read.items() if signs is None]:
                 tell(f"the SVD '{name}' failed for '{tensor.module}', and is left away")
                 del decompositions[name]

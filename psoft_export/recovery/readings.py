@@ -64,6 +64,11 @@ def known_readings(device: torch.device) -> dict[str, Decompose]:
     return _ON_CPU | (_ON_CUDA if device.type == "cuda" else {})
 
 
+def own_reading(device: torch.device) -> str:
+    """The name of the decomposition by which a basis without a record is found on a device."""
+    return device.type
+
+
 def chosen_readings(names: Sequence[str] | None, device: torch.device) -> dict[str, Decompose]:
     """Those of these names, or all.
 
