@@ -126,9 +126,9 @@ class MergePlan:
 
         Without a basis record, for the largest target of m × n, k = min(m, n): W in float32, the
         copy that LAPACK overwrites, U, S and Vᵀ, and its workspace (gesdd: about 4k² + 7k
-        numbers). With one of signs, for each worker thread W in float32 and a Krylov space in
-        float64. Then chunks and weights on their way. Python, its libraries and their buffers
-        (some 400 MB) come on top.
+        numbers). With one of signs, for each worker thread a copy of W where it is wider than tall
+        and a Krylov space in float64. Then chunks and weights on their way. Python, its libraries
+        and their buffers (some 400 MB) come on top.
         """
         record, workers = self.adapter.record, workers_on(torch.device("cpu"))
         shapes = [target.weight_shape for target in self.targets]
@@ -175,6 +175,7 @@ def _svd_bytes(shape: tuple[int, ...]) -> int:
 
 
 def _solver_bytes(shape: tuple[int, ...]) -> int:
-    """Of `basis.solver`: W, and at worst a Krylov space and its projection."""
+    """Of `basis.solver`: W again (float32 at most), and at worst a Krylov space and projection."""
     rows, columns = shape
-    return 4 * rows * columns + 8 * min(rows, columns) ** 2
+    copied = 4 * rows * columns if rows < columns else 0
+    return copied + 8 * min(rows, columns) ** 2

@@ -189,6 +189,18 @@ def test_products_with_tiles_are_those_of_the_whole(
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(640, 600), (600, 640), (620, 620)])
+def test_a_weight_is_read_wherever_it_lies_and_not_changed(shape: tuple[int, int]) -> None:
+    weight = matrix(*shape, decaying(min(shape))).bfloat16()
+    apart = torch.zeros(shape[0], 2 * shape[1], dtype=weight.dtype)[:, ::2].copy_(weight)
+    before = weight.clone()
+    first, second = leading_triplets(weight, 16), leading_triplets(apart, 16)
+    assert first.certificate.method == "block-lanczos"
+    assert torch.equal(weight, before)
+    for name in ("left", "values", "right"):
+        assert torch.equal(getattr(first.triplets, name), getattr(second.triplets, name))
+
+
 def test_the_same_bits_in_another_process() -> None:
     script = (
         "import hashlib, torch\n"
