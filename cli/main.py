@@ -26,7 +26,6 @@ from psoft_export.cli.output import print_error
 from psoft_export.errors import PsoftExportError, UsageError
 
 _INTERRUPTED = 130
-_OBJECTS_BETWEEN_COLLECTIONS = 100_000
 
 app = typer.Typer(
     name="psoft-export",
@@ -71,11 +70,8 @@ def _root(
 
 def main() -> None:
     """Run the program; ends the process with its exit code."""
-    # Loading torch makes hundreds of thousands of objects that last: looking for garbage among
-    # them takes 0.2 s while they are made, and 0.4 s once more at the end.
-    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     code = run(sys.argv[1:])
-    gc.freeze()
+    gc.freeze()  # or Python looks for garbage among all of torch's objects, for 0.4 s, and ends
     sys.exit(code)
 
 
