@@ -71,7 +71,7 @@ def _root(
 def main() -> None:
     """Run the program; ends the process with its exit code."""
     code = run(sys.argv[1:])
-    gc.freeze()  # or Python looks for garbage among all of torch's objects, for 0.4 s, and ends
+    gc.freeze()  # else Python would search all of torch's objects for garbage before it ends: 0.4 s
     sys.exit(code)
 
 

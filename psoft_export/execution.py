@@ -280,8 +280,7 @@ class _ShardSink(_Sink):
         self._files = files
         self._shards = {tensor.spec.name: shard for shard in shards for tensor in shard.tensors}
         self._shard: PlannedShard | None = None
-        self._writer: ShardWriter | None = None
-        self._hash = WrittenHash(0, 1)
+        self._open: tuple[ShardWriter, WrittenHash] | None = None
         self._pool = ThreadPoolExecutor(1 + _STRETCHES, "psoft-finish")
         self._complete: _CompleteFile | None = None
 
@@ -295,8 +294,8 @@ class _ShardSink(_Sink):
                     self._finish()
                     self._compare()
             finally:
-                if self._writer is not None:
-                    self._writer.abandon()
+                if self._open is not None:
+                    self._open[0].abandon()
 
     def write(self, item: tuple[PlannedTensor, Tensor]) -> None:
         """Append a tensor's bytes to its file, opening it first where it is the next one."""
@@ -305,22 +304,22 @@ class _ShardSink(_Sink):
         if shard is not self._shard:
             self._finish()
             specs = [planned.spec for planned in shard.tensors]
-            self._hash = WrittenHash(sum(spec.nbytes for spec in specs), _STRETCHES)
+            digest = WrittenHash(sum(spec.nbytes for spec in specs), _STRETCHES)
             path = self._folder / shard.filename
-            self._writer = ShardWriter(path, specs, shard.metadata, self._hash)
+            self._open = ShardWriter(path, specs, shard.metadata, digest), digest
             self._shard = shard
-        assert self._writer is not None
-        self._writer.append(data)
+        assert self._open is not None
+        self._open[0].append(data)
 
     def _finish(self) -> None:
         """Flush and read back the file at hand, once the one before it is found to be right."""
-        if (writer := self._writer) is None:
+        if self._open is None:
             return
         self._compare()
-        self._writer = None
+        (writer, digest), self._open = self._open, None
         flushed = self._pool.submit(writer.close)
-        found = self._hash.read_back(writer.path, self._pool)
-        self._complete = _CompleteFile(writer.path.name, self._hash.hexdigest(), flushed, found)
+        found = digest.read_back(writer.path, self._pool)
+        self._complete = _CompleteFile(writer.path.name, digest.hexdigest(), flushed, found)
 
     def _compare(self) -> None:
         if (file := self._complete) is None:

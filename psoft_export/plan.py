@@ -126,9 +126,9 @@ class MergePlan:
 
         Without a basis record, for the largest target of m × n, k = min(m, n): W in float32, the
         copy that LAPACK overwrites, U, S and Vᵀ, and its workspace (gesdd: about 4k² + 7k
-        numbers). With one of signs, for each worker thread a copy of W where it is wider than tall
-        and a Krylov space in float64. Then chunks and weights on their way. Python, its libraries
-        and their buffers (some 400 MB) come on top.
+        numbers). With one of signs, for each worker thread a copy of W and a Krylov space in
+        float64. Then chunks and weights on their way. Python, its libraries and their buffers
+        (some 400 MB) come on top.
         """
         record, workers = self.adapter.record, workers_on(torch.device("cpu"))
         shapes = [target.weight_shape for target in self.targets]
@@ -175,7 +175,6 @@ def _svd_bytes(shape: tuple[int, ...]) -> int:
 
 
 def _solver_bytes(shape: tuple[int, ...]) -> int:
-    """Of `basis.solver`: W again (float32 at most), and at worst a Krylov space and projection."""
+    """Of `basis.solver`, at worst: W again in float32, a Krylov space and its projection."""
     rows, columns = shape
-    copied = 4 * rows * columns if rows < columns else 0
-    return copied + 8 * min(rows, columns) ** 2
+    return 4 * rows * columns + 8 * min(rows, columns) ** 2

@@ -231,6 +231,7 @@ def recover(
     run = RecoveryRun(
         loss, examples.train, examples.held_out, matters, rows=batch, seed=seed, tell=tell
     )
+    # All of the base: the loss depends on what the adapter leaves as it is, too.
     config_sha256 = file_sha256(plan.base.folder / companions.CONFIG, CheckpointError)
     options = (batch, seed, compute, on, examples.digest, config_sha256, base_sha256)
     state = _state_file(store, loaded, found, options)

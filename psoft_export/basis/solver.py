@@ -19,9 +19,9 @@ SOLVER = "block-lanczos/3"  # goes up whenever the bits of a result can change
 
 _BLOCK = 16
 _TILE_ROWS = 128  # of W, for each thread: in float64 they stay in a processor's caches
-# Between rows: at a power of two apart, all would fall into the same few lines of a cache, which
-# costs a product a tenth of its time and more.
-_GAP = 8
+# Behind each row, in numbers: rows a power of two apart would all fall into the same few lines of
+# a cache, which costs a product a tenth of its time and more.
+_PADDING = 8
 _SEED = 20261122
 _EPS = torch.finfo(torch.float64).eps
 _TOLERANCE = 2.0**-26  # of a vector, as an angle: a quarter of float32's rounding
@@ -95,13 +95,13 @@ class Workspace:
     ) -> Tensor:
         """An uninitialised matrix, until `name` is asked for again with that device and dtype.
 
-        Its rows stand `_GAP` numbers apart.
+        Its rows are padded, so it is not contiguous.
         """
-        key, count = (name, device, dtype), rows * (columns + _GAP)
+        key, count = (name, device, dtype), rows * (columns + _PADDING)
         if key not in self._kept or self._kept[key].numel() < count:
             self._kept.pop(key, None)  # before the larger one is made
             self._kept[key] = torch.empty(count, dtype=dtype, device=device)
-        return self._kept[key][:count].view(rows, columns + _GAP)[:, :columns]
+        return self._kept[key][:count].view(rows, columns + _PADDING)[:, :columns]
 
 
 class _TallMatrix:
