@@ -34,17 +34,12 @@ from psoft_export.errors import (
     UsageError,
 )
 from psoft_export.recovery import readings
+from psoft_export.recovery.agreement import agreement, agreement_by_chance, same_signs
 from psoft_export.recovery.polish import FlipSlopes, Polished, crossed, polish
 from psoft_export.recovery.readings import known_readings, own_reading, read_signs
 from psoft_export.recovery.run import SHORT_STEPS, Outcome, RecoveryRun
 from psoft_export.recovery.run import STEPS as DEFAULT_STEPS
-from psoft_export.recovery.search import (
-    Cycle,
-    SignSearch,
-    agreement,
-    agreement_by_chance,
-    same_signs,
-)
+from psoft_export.recovery.search import Cycle, SearchState, SignSearch
 from psoft_export.recovery.significance import least_sure
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import Losses
@@ -178,14 +173,13 @@ def test_the_search_finds_planted_signs(start: str) -> None:
     truth = torch.randint(2, (4, 9)) * 2.0 - 1
     wrong = truth * torch.tensor([1.0, -1, 1, -1, 1, -1, 1, -1, 1])
     loss: Any = Couplings(truth)
-    plan = [Cycle("one", 60, hardens=False), Cycle("one", 40, hardens=True)]
+    plan = [Cycle("one", 60, hardens=True)]
     starts = {} if start == "nothing" else {"one": wrong}
     search = SignSearch(loss, range(30), plan, starts=starts, matters=loss.every, rows=5, seed=1)
     steps = []
-    for _ in plan:
-        search.run_cycle(steps.append)
+    search.run_cycle(steps.append)
     assert agreement(search.state.found["one"], truth, loss.every) == 1
-    assert search.steps == len(steps) == 100
+    assert search.steps == len(steps) == 60
     assert steps[-1].undecided == 0
 
 
@@ -212,9 +206,36 @@ def test_a_search_goes_on_where_it_was_and_repeats_by_its_seed(tmp_path: Path) -
     for name, signs in straight.state.found.items():
         assert torch.equal(resumed.state.found[name], signs)
     assert torch.equal(resumed.state.generator, straight.state.generator)
-    assert resumed.steps == straight.steps == 80
+    assert resumed.steps == straight.steps == resumed.state.steps
     file.path.write_bytes(file.path.read_bytes()[:-7])
     assert file.read() is None
+
+
+@pytest.mark.parametrize("wrong", [[], [1], [0, 3]])
+def test_layers_that_would_rather_be_smaller_grow_again(wrong: list[int]) -> None:
+    truth = torch.randint(2, (4, 9), generator=torch.Generator().manual_seed(3)) * 2.0 - 1
+    loss: Any = Couplings(truth)
+    found = truth.clone()
+    found[wrong, ::2] *= -1
+    costs = FlipSlopes.at(loss, range(30), found, 5).of_shrinking()
+    assert (costs < -3).nonzero()[:, 0].tolist() == wrong
+    generator = torch.Generator().manual_seed(1).get_state()
+    search = SignSearch(
+        loss,
+        range(30),
+        [Cycle("one", 60, hardens=True)] * 2,
+        starts={},
+        matters=loss.every,
+        rows=5,
+        seed=1,
+        state=SearchState(1, {"one": found}, {}, 60, generator),
+    )
+    state = search.run_cycle(lambda _: None)
+    assert agreement(state.found["one"], truth, loss.every) == 1
+    right = [layer for layer in range(4) if layer not in wrong]
+    assert torch.equal(state.found["one"][right], found[right])
+    assert state.steps == search.steps == (120 if wrong else 60)
+    assert state.moved["one"] == (0 if not wrong else pytest.approx(4 / 9 * len(wrong) / 4))
 
 
 def test_a_slope_that_is_not_finite_stops_a_search() -> None:
@@ -329,11 +350,15 @@ def test_from_a_start_that_is_no_use_long_searches_follow(tmp_path: Path) -> Non
     options = {"steps": SHORT_STEPS + STEPS, "file": file}
     start = {"far": torch.ones_like(task.truth)}
     found = task.run(start, **options)
-    assert found.steps == SHORT_STEPS + STEPS
+    state = file.read()
+    assert state is not None and state.found.keys() == {"short", "reading", "first", "second"}
+    # A cycle that finds no layer in doubt takes no steps.
+    assert SHORT_STEPS * 2 // 3 + STEPS <= found.steps == state.steps <= SHORT_STEPS + STEPS
     assert not found.is_below_base
     again = task.run(start, **options | {"steps": SHORT_STEPS + 2 * STEPS})
     assert any("going on after 5 cycles" in text for text in task.told)
-    assert again.steps == SHORT_STEPS + 2 * STEPS
+    state = file.read()
+    assert state is not None and state.done == 7 and state.steps == again.steps
 
 
 @pytest.mark.parametrize(("start", "steps"), [("far", SHORT_STEPS * 2 // 3), ("", STEPS)])

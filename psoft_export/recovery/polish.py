@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from psoft_export.algebra.relaxed_signs import couplings
+from psoft_export.recovery.agreement import same_signs
 from psoft_export.recovery.examples import Example
-from psoft_export.recovery.search import same_signs
 from psoft_export.recovery.task_loss import TaskLoss
 
 SETTLED = math.log(1000)  # nats by which the data speak for a sign
@@ -89,6 +89,16 @@ class FlipSlopes:
             spread = (alone + alone.square() / 2).std(0)
             errors = spread * self.scale * math.sqrt(len(alone) * (1 - 1 / self.scale))
             costs = costs.sign() * (costs.abs() - 2 * errors).clamp_min(0)
+        return costs
+
+    def of_shrinking(self) -> Tensor:
+        """What making all couplings of a layer smaller costs, by its standard error (modules).
+
+        Near zero where the signs are right, as far as training had come to rest; far below where
+        less of the rotation would be better.
+        """
+        slopes = self.entries.double().sum((-1, -2))
+        costs: Tensor = slopes.sum(0) / slopes.square().sum(0).sqrt().clamp_min(1e-30)
         return costs
 
     def groups(self, layer: int) -> list[tuple[float, list[int]]]:

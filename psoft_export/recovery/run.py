@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from psoft_export.errors import OutputError
+from psoft_export.recovery.agreement import agreement, agreement_by_chance, same_signs
 from psoft_export.recovery.examples import Example
 from psoft_export.recovery.polish import Polished, crossed, polish, unpolished
-from psoft_export.recovery.search import (
-    Cycle,
-    SearchState,
-    SignSearch,
-    Step,
-    agreement,
-    agreement_by_chance,
-    same_signs,
-)
+from psoft_export.recovery.search import Cycle, SearchState, SignSearch, Step
 from psoft_export.recovery.significance import is_below
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import Losses, TaskLoss
@@ -235,9 +228,10 @@ class RecoveryRun:
             cycle = search.plan[search.state.done]
             if cycle.search not in names or self._is_enough(search, cycle):
                 return
-            began = time.monotonic()
+            began, before = time.monotonic(), search.steps
             state = search.run_cycle(self._note)
-            self._step_seconds = (time.monotonic() - began) / cycle.steps
+            if search.steps > before:
+                self._step_seconds = (time.monotonic() - began) / (search.steps - before)
             self._tell(
                 f"recovering: {state.moved[cycle.search]:.1%} of the signs moved in cycle "
                 f"{state.done}"

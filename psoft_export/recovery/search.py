@@ -8,11 +8,17 @@ its couplings with the others have to pass through zero. So each dᵢ is a vecto
 Burer and Monteiro, Math. Program. 95, 2003.) Signs are read off along the axis on which most of a
 layer's vectors lie.
 
-All layers start near zero, where the model is the base, and grow together, as they did in training:
-layers that grow beside others that are turned already find less. In the second half of a cycle of
-steps a penalty pulls every vector to the axis; without it the vectors fit the text better than any
-signs do. (A penalty that rises is how AdaRound, arXiv 2004.10568, rounds weights.) The next cycle
-starts from the signs found, made small again, with noise beside them.
+All layers start near zero, where the model is the base, and grow together, as they did in training.
+In the second half of a cycle of steps a penalty pulls every vector to the axis; without it the
+vectors fit the text better than any signs do. (A penalty that rises is how AdaRound, arXiv
+2004.10568, rounds weights.)
+
+Layers that say little grow among others that are not right yet, and stay wrong. Their slopes tell:
+training left a rotation where neither more nor less of it gains anything, so where shrinking all of
+a layer's couplings gains, the layer has wrong signs. The next cycle grows those layers again, from
+nothing, beside the others as they were found; what then loses less is kept, layer by layer. Here
+the entropy of the signs holds the vectors short, at a temperature that falls: what says much grows
+first, and the rest beside it (Peterson and Anderson, Complex Systems 1, 1987: annealing of means).
 """
 
 import math
@@ -22,14 +28,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psoft_export.algebra.relaxed_signs import vector_couplings
+from psoft_export.algebra.relaxed_signs import couplings, vector_couplings
+from psoft_export.recovery.agreement import agreement
 from psoft_export.recovery.examples import Example
+from psoft_export.recovery.polish import FlipSlopes, crossed
 from psoft_export.recovery.task_loss import TaskLoss, not_finite
 
 _DIMENSIONS = 16  # of a vector
 _NOISE = 0.1  # length of a vector at the start of a cycle
 _KEPT = 0.07  # of that, along signs that are known
-_RATE = 0.1  # of a vector a step
+_RATE = 0.4  # of a vector a step
+_RATE_AGAIN = 0.8  # the same, of layers that grow again
+_HOT, _COLD = 10.0, 1.0  # temperature of these, in nats: at first, and when it has fallen
+_COOLS = 0.7  # of a cycle, in which it falls
+_DOUBTFUL = -3.0  # standard errors of what shrinking a layer costs, below which it grows again
 _WARM_UP = 10  # steps
 _RATE_FALLS = 0.6  # of a cycle, before the rate goes down to zero
 _PENALTY = 20.0  # nats for each sign that is not on the axis, at the end of a cycle
@@ -39,7 +51,7 @@ _BETAS = (0.9, 0.99)
 
 @dataclass(frozen=True)
 class Cycle:
-    """Steps that start near zero.
+    """Steps that start near zero; of a search that found signs already, for its doubtful layers.
 
     Attributes:
         search: name of the search that it goes on with.
@@ -60,12 +72,14 @@ class SearchState:
         done: number of cycles done.
         found: name of each search → its signs (±1, modules × r, float32, CPU).
         moved: name of each search → share of its signs that matter which its last cycle changed.
+        steps: gradient steps done; a cycle without doubtful layers takes none.
         generator: state of the generator that everything random is drawn from.
     """
 
     done: int
     found: Mapping[str, Tensor]
     moved: Mapping[str, float]
+    steps: int
     generator: Tensor
 
 
@@ -126,10 +140,10 @@ class SignSearch:
         self._rows = min(rows, len(examples))
         self._generator = torch.Generator().manual_seed(seed)
         if state is None:
-            state = SearchState(0, {}, {}, self._generator.get_state())
+            state = SearchState(0, {}, {}, 0, self._generator.get_state())
         self._generator.set_state(state.generator)
         self.state = state
-        self.steps = sum(cycle.steps for cycle in plan[: state.done])
+        self.steps = state.steps
 
     def run_cycle(self, note: Callable[[Step], None]) -> SearchState:
         """The next cycle; returns the state after it, which is also kept.
@@ -141,16 +155,30 @@ class SignSearch:
             NonFiniteError: the loss, or its slope, is NaN or infinite.
         """
         cycle = self.plan[self.state.done]
-        known = self.state.found.get(cycle.search, self._starts.get(cycle.search))
-        signs = self._grown(self._small(known), cycle, note)
-        moved = 1.0 if known is None else 1 - agreement(signs, known, self._matters)
+        before = self.state.found.get(cycle.search)
+        if before is not None:
+            signs = self._grown_again(before, cycle, note)
+        else:
+            before = self._starts.get(cycle.search)
+            signs = self._grown(_Start(self._small(before), _RATE), cycle, note)
+        moved = 1.0 if before is None else 1 - agreement(signs, before, self._matters)
         self.state = SearchState(
             self.state.done + 1,
             {**self.state.found, cycle.search: signs},
             {**self.state.moved, cycle.search: moved},
+            self.steps,
             self._generator.get_state(),
         )
         return self.state
+
+    def _grown_again(self, signs: Tensor, cycle: Cycle, note: Callable[[Step], None]) -> Tensor:
+        """Signs whose doubtful layers were grown anew; of each the better."""
+        costs = FlipSlopes.at(self._loss, self._examples, signs, self._rows).of_shrinking()
+        doubtful = (costs < _DOUBTFUL).nonzero()[:, 0]
+        if not len(doubtful):
+            return signs
+        start = _Start(self._small(None)[doubtful], _RATE_AGAIN, doubtful, signs, is_hot=True)
+        return crossed(self._loss, self._examples, signs, self._grown(start, cycle, note))[0]
 
     def _small(self, known: Tensor | None) -> Tensor:
         """Short vectors (modules × r × dimensions): random, and along known signs."""
@@ -162,9 +190,9 @@ class SignSearch:
             vectors[..., 0] += _KEPT * known
         return vectors
 
-    def _grown(self, start: Tensor, cycle: Cycle, note: Callable[[Step], None]) -> Tensor:
+    def _grown(self, start: "_Start", cycle: Cycle, note: Callable[[Step], None]) -> Tensor:
         """The signs after a cycle of steps."""
-        position = start.to(self._loss.device, copy=True).requires_grad_(True)
+        position = start.vectors.to(self._loss.device, copy=True).requires_grad_(True)
         moments = _LayerMoments(position)
         order: list[int] = []
         for step in range(cycle.steps):
@@ -173,27 +201,69 @@ class SignSearch:
                 order += drawn.tolist()
             batch = [self._examples[order.pop(0)] for _ in range(self._rows)]
             vectors = _bounded(position)
-            sums, counts = self._loss.loss(batch, vector_couplings(vectors))
+            sums, counts = self._loss.loss(batch, start.beside_others(vector_couplings(vectors)))
             lost = sums.sum()  # of a mean, slopes would be too small for half precision
             along = _along_axis(vectors)
             done = step / cycle.steps
-            penalty = lost.new_zeros(())
+            held = lost.new_zeros(())  # what holds or pulls vectors, beside the loss
             if cycle.hardens and done > _FREE_PART:
                 pull = _PENALTY * (done - _FREE_PART) / (1 - _FREE_PART)
-                share = len(batch) / len(self._examples)
-                penalty = pull * share * (1 - along.square()).sum()
-            (slope,) = torch.autograd.grad(lost + penalty, position)
+                held = pull * (1 - along.square()).sum()
+            if start.is_hot:
+                temperature = _HOT * (_COLD / _HOT) ** min(1.0, done / _COOLS)
+                held = held - temperature * _entropy(vectors)
+            share = len(batch) / len(self._examples)
+            (slope,) = torch.autograd.grad(lost + share * held, position)
             if not slope.isfinite().all():
                 raise not_finite("the loss of a batch, or its slope,")
             fall = min(1.0, (1 - done) / (1 - _RATE_FALLS))
-            rate = _RATE * min(1.0, (step + 1) / _WARM_UP) * fall
+            rate = start.rate * min(1.0, (step + 1) / _WARM_UP) * fall
             with torch.no_grad():
                 position -= rate * moments.direction(slope)
             self.steps += 1
             undecided = float((along.detach().abs() < 0.5).float().mean())
             note(Step(self.steps, float(lost.detach() / counts.sum()), undecided))
         along = _along_axis(_bounded(position.detach()))
-        return torch.where(along < 0, -1.0, 1.0).cpu()
+        return start.among_others(torch.where(along < 0, -1.0, 1.0).cpu())
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a cycle starts.
+
+    Attributes:
+        vectors: short, layers × r × dimensions.
+        rate: of a vector a step.
+        layers: indices of the layers that the vectors are of; None: all.
+        others: the signs of all layers (±1, modules × r), where those stay that have no vectors.
+        is_hot: whether entropy holds the vectors.
+    """
+
+    vectors: Tensor
+    rate: float
+    layers: Tensor | None = None
+    others: Tensor | None = None
+    is_hot: bool = False
+
+    def beside_others(self, coupled: Tensor) -> Tensor:
+        """The couplings of all layers, of those that the vectors give."""
+        if self.layers is None or self.others is None:
+            return coupled
+        still = couplings(self.others.to(coupled))
+        return still.index_copy(0, self.layers.to(coupled.device), coupled)
+
+    def among_others(self, signs: Tensor) -> Tensor:
+        """The signs of all layers, of those that the vectors gave."""
+        if self.layers is None or self.others is None:
+            return signs
+        return self.others.index_copy(0, self.layers, signs)
+
+
+def _entropy(vectors: Tensor) -> Tensor:
+    """Of signs whose mean values are as long as the vectors, added up, in nats."""
+    lengths = torch.linalg.vector_norm(vectors, dim=-1).clamp_max(1 - 1e-6)
+    either = torch.stack([1 + lengths, 1 - lengths]) / 2
+    return -(either * either.log()).sum()
 
 
 def _bounded(position: Tensor) -> Tensor:
@@ -233,29 +303,3 @@ class _LayerMoments:
         second = self._second / (1 - decay_second**self._steps)
         direction: Tensor = first / (second.sqrt() + torch.finfo(slope.dtype).tiny)
         return direction
-
-
-def agreement(signs: Tensor, others: Tensor, matters: Tensor) -> float:
-    """Share of the signs that matter that are the same; arguments as of `same_signs`."""
-    return float(same_signs(signs, others, matters)[matters].double().mean())
-
-
-def same_signs(signs: Tensor, others: Tensor, matters: Tensor) -> Tensor:
-    """Which signs agree (bool), each layer up to its sign as a whole, which says nothing.
-
-    Args:
-        signs: modules × r, ±1.
-        others: the same.
-        matters: which signs tell a layer's sign as a whole (bool, modules × r).
-    """
-    products = signs * others
-    turned = (products * matters).sum(1, keepdim=True) < 0
-    return products * torch.where(turned, -1.0, 1.0) > 0
-
-
-def agreement_by_chance(matters: Tensor) -> float:
-    """What `agreement` of signs drawn at random is in the mean; the argument as above."""
-    counts = [int(count) for count in matters.sum(1) if count]
-    # Of n fair coins n/2 + n C(n − 1, ⌊n/2⌋) / 2ⁿ show, in the mean, the side that more of them do.
-    alike = (n / 2 + n * (math.comb(n - 1, n // 2) / 2**n) for n in counts)
-    return float(sum(alike) / sum(counts))

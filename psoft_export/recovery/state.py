@@ -12,7 +12,7 @@ from psoft_export.errors import OutputError
 from psoft_export.recovery.search import SearchState
 
 SUFFIX = ".search.safetensors"
-_FORMAT = "psoft-search/2"
+_FORMAT = "psoft-search/3"
 _GENERATOR = "generator"
 
 
@@ -34,7 +34,8 @@ class StateFile:
                 return None
             generator = tensors.pop(_GENERATOR)
             moved = json.loads(metadata["moved"])
-            return SearchState(int(metadata["done"]), tensors, moved, generator)
+            done, steps = int(metadata["done"]), int(metadata["steps"])
+            return SearchState(done, tensors, moved, steps, generator)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return None
 
@@ -50,6 +51,7 @@ class StateFile:
             "format": _FORMAT,
             "key": self._key,
             "done": str(state.done),
+            "steps": str(state.steps),
             "moved": json.dumps(dict(state.moved)),
         }
         try:
