@@ -73,9 +73,9 @@ class _LoraSums:
 
 
 def measure(
-    base: Path, adapter: Path, outputs: list[Path], loras: list[Path]
+    base: Path, adapter: Path, outputs: list[Path], loras: list[Path], device: str
 ) -> tuple[list[Accuracy], list[float]]:
-    """Accuracy over the target modules of the first and the last layer.
+    """Accuracy over the target modules of the first and the last layer, with SVDs on `device`.
 
     Returns:
         Of each merged checkpoint in `outputs`; and ‖error‖ / ‖ΔW‖ of each adapter in `loras`.
@@ -92,7 +92,7 @@ def measure(
         for module in _sample(parameters):
             name = module.removeprefix(_BASE_PREFIX) + ".weight"
             weight = source.get_tensor(name)
-            delta = _delta(weight, parameters, module, config["r"], scaling)
+            delta = _delta(weight, parameters, module, config["r"], scaling, device)
             for file, total in zip(merged, sums, strict=True):
                 total.add(file.get_tensor(name), weight.double(), delta)
             for lora in lora_sums:
@@ -109,10 +109,16 @@ def _sample(parameters: dict[str, Tensor]) -> Iterator[str]:
 
 
 def _delta(
-    weight: Tensor, parameters: dict[str, Tensor], module: str, rank: int, scaling: float
+    weight: Tensor,
+    parameters: dict[str, Tensor],
+    module: str,
+    rank: int,
+    scaling: float,
+    device: str,
 ) -> Tensor:
     """scaling · B (R − I) A in float64, from the float32 A and B that PEFT would hold."""
-    left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
+    factors = torch.linalg.svd(weight.float().to(device), full_matrices=False)
+    left, values, right = (factor.cpu() for factor in factors)
     a = right[:rank].double()
     b = (left[:, :rank] * (values[:rank] / scaling)).double()
     stored = {
@@ -136,14 +142,15 @@ def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def main() -> None:
-    """`python -m benchmarks.accuracy BASE ADAPTER FOLDER...`; prints a JSON object.
+    """`python -m benchmarks.accuracy DEVICE BASE ADAPTER FOLDER...`; prints a JSON object.
 
     Folders are merged checkpoints and LoRA adapters, in any order.
     """
-    base, adapter, *folders = map(Path, sys.argv[1:])
+    device = sys.argv[1]
+    base, adapter, *folders = map(Path, sys.argv[2:])
     loras = [folder for folder in folders if (folder / _ADAPTER).exists()]
     outputs = [folder for folder in folders if folder not in loras]
-    merged, errors = measure(base, adapter, outputs, loras)
+    merged, errors = measure(base, adapter, outputs, loras, device)
     print(json.dumps({"merged": [asdict(accuracy) for accuracy in merged], "lora": errors}))
 
 

@@ -47,21 +47,21 @@ class _Program:
     prepare: list[list[str | Path]]
 
 
-def _programs(scratch: Path, base: Path, adapter: Path, rank: int) -> list[_Program]:
+def _programs(scratch: Path, base: Path, adapter: Path, rank: int, device: str) -> list[_Program]:
     """What is measured, in the order in which it runs: later runs use what earlier ones left."""
 
     signs, full = scratch / "signs", scratch / "full"
 
     def record(recorded: Path) -> list[list[str | Path]]:
         kind = recorded.name
-        options = ("--kind", kind, "--device", "cpu", "--overwrite")
+        options = ("--kind", kind, "--device", device, "--overwrite")
         command = _psoft_export("record", "--base", base, "--adapter", recorded, *options)
         return [["cp", "-rT", adapter, recorded], command]
 
     def merge(name: str, source: Path, *options: str) -> _Program:
         output = scratch / f"ours-{MERGES.index(name)}"
         inputs = ("--base", base, "--adapter", source, "--output", output)
-        command = _psoft_export("merge", *inputs, "--device", "cpu", *options)
+        command = _psoft_export("merge", *inputs, "--device", device, *options)
         return _Program(name, command, output, prepare[name])
 
     prepare: dict[str, list[list[str | Path]]] = {
@@ -74,17 +74,17 @@ def _programs(scratch: Path, base: Path, adapter: Path, rank: int) -> list[_Prog
     def lora(name: str, source: Path, *options: str) -> _Program:
         output = scratch / f"lora-{LORAS.index(name)}"
         inputs = ("--base", base, "--adapter", source, "--output", output)
-        command = _psoft_export("lora", *inputs, "--device", "cpu", *options)
+        command = _psoft_export("lora", *inputs, "--device", device, *options)
         return _Program(name, command, output, [])
 
     copy, peft, peft_lora = scratch / "copy", scratch / "peft", scratch / "peft-lora"
-    convert = _python("peft_lora", base, adapter, str(rank), peft_lora)
+    convert = _python("peft_lora", base, adapter, str(rank), peft_lora, device)
     merged = scratch / f"ours-{MERGES.index(FULL)}"
     inputs = ("--base", base, "--adapter", full, "--merged", merged, "--no-cache")
-    verify = _psoft_export("verify", *inputs, "--level", "weights", "--device", "cpu")
+    verify = _psoft_export("verify", *inputs, "--level", "weights", "--device", device)
     return [
         _Program(COPY, ["cp", "-r", base, copy], copy, []),
-        _Program(PEFT, _python("peft_merge", base, adapter, peft), peft, []),
+        _Program(PEFT, _python("peft_merge", base, adapter, peft, device), peft, []),
         merge(COLD, adapter),
         merge(WARM, adapter),
         merge(SIGNS, signs, "--no-cache"),
@@ -97,11 +97,14 @@ def _programs(scratch: Path, base: Path, adapter: Path, rank: int) -> list[_Prog
     ]
 
 
-def measure(size: str, rank: int, repeat: int, threads: int, scratch: Path) -> Result:
+def measure(options: argparse.Namespace, size: str, scratch: Path) -> Result:
     """Make a checkpoint of `size`, merge it in each way in turn, and clean up."""
     base, adapter, log = scratch / "base", scratch / "adapter", scratch / "log.txt"
-    programs = _programs(scratch, base, adapter, rank)
-    count = str(threads)
+    rank, device = options.rank, options.device
+    programs = _programs(scratch, base, adapter, rank, device)
+    if options.merges_only:
+        programs = [program for program in programs if program.name in (COPY, PEFT, *MERGES)]
+    count = str(options.threads)
     environment = os.environ | {
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
@@ -110,7 +113,7 @@ def measure(size: str, rank: int, repeat: int, threads: int, scratch: Path) -> R
     }
     run_measured(_python("synthetic", size, str(rank), base, adapter), environment, log)
     runs: dict[str, list[Usage]] = {program.name: [] for program in programs}
-    for _ in range(repeat):
+    for _ in range(options.repeat):
         for program in programs:
             if program.output is not None:
                 shutil.rmtree(program.output, ignore_errors=True)
@@ -123,7 +126,7 @@ def measure(size: str, rank: int, repeat: int, threads: int, scratch: Path) -> R
     _say(f"{size}: accuracy")
     outputs = {p.name: p.output for p in programs if p.output is not None and p.name != COPY}
     printed = subprocess.run(
-        _python("accuracy", base, adapter, *outputs.values()),
+        _python("accuracy", device, base, adapter, *outputs.values()),
         env=environment,
         stdout=subprocess.PIPE,
         check=True,
@@ -138,6 +141,7 @@ def measure(size: str, rank: int, repeat: int, threads: int, scratch: Path) -> R
         size,
         SHAPES[size].parameters,
         rank,
+        device,
         {name: _median(usages) for name, usages in runs.items()},
         dict(zip(merges, accuracy, strict=True)),
         dict(zip(loras, found["lora"], strict=True)),
@@ -173,6 +177,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.merge", description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["0.5b", "1b"])
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all programs")
+    parser.add_argument("--merges-only", action="store_true", help="no verification, no LoRA")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each; medians are shown")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each program")
     parser.add_argument("--folder", type=Path, help="scratch space; default: a temporary folder")
@@ -189,7 +195,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="psoft-bench-", dir=options.folder) as scratch:
         for size in options.sizes:
             try:
-                result = measure(size, options.rank, options.repeat, options.threads, Path(scratch))
+                result = measure(options, size, Path(scratch))
             except (ProgramError, subprocess.CalledProcessError) as error:
                 sys.exit(f"{size}: {error}")
             print("\n".join(tables(result)), flush=True)

@@ -1,4 +1,7 @@
-"""PEFT's conversion to LoRA: `python -m benchmarks.peft_lora BASE ADAPTER RANK OUTPUT`."""
+"""PEFT's conversion to LoRA.
+
+`python -m benchmarks.peft_lora BASE ADAPTER RANK OUTPUT DEVICE`
+"""
 
 import sys
 
@@ -8,8 +11,8 @@ from transformers import LlamaForCausalLM
 
 def main() -> None:
     """Load, convert, save."""
-    base, adapter, rank, output = sys.argv[1:]
-    model = LlamaForCausalLM.from_pretrained(base, dtype="auto")
+    base, adapter, rank, output, device = sys.argv[1:]
+    model = LlamaForCausalLM.from_pretrained(base, dtype="auto").to(device)
     save_as_lora(output, PeftModel.from_pretrained(model, adapter), rank=int(rank))
 
 

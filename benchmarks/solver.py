@@ -1,6 +1,6 @@
 """The leading singular triplets by five programs, side by side: `python -m benchmarks.solver`.
 
-One process on the CPU, each program in turn on the same matrix. SciPy takes part where it is
+One process, each program in turn on the same matrix. On the CPU SciPy takes part where it is
 installed (`pip install ".[bench]"`), and so does PRIMME, which has no wheels: `pip install primme`
 compiles it and needs a C compiler and the system's BLAS and LAPACK.
 """
@@ -31,9 +31,13 @@ _OURS, _BASE = "psoft-export", "torch.linalg.svd"
 _REFERENCE_SIDE = 1024  # up to here a float64 SVD takes seconds
 _WARM_UP = (640, 768, 8)  # rows, columns, rank
 _CLAIMED_RANK = 64
-_CLAIMS = {(4096, 4096): 8, (4096, 11008): 12}  # times as fast as torch.linalg.svd
+# Times as fast as torch.linalg.svd, by device and shape.
+_CLAIMS = {
+    "cpu": {(4096, 4096): 8, (4096, 11008): 12},
+    "cuda": {(4096, 4096): 30, (4096, 11008): 30},
+}
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_STYLES = (".2f", ".1f", ".1e", ".1e", ".1e", ".1e")  # seconds, ratio, errors
+_STYLES = (".3f", ".1f", ".1e", ".1e", ".1e", ".1e")  # seconds, ratio, errors
 _Found = tuple[Triplets, str]  # the triplets, in any order and dtype, and a remark
 
 
@@ -77,10 +81,11 @@ def _generator() -> torch.Generator:
 
 @dataclass(frozen=True)
 class Program:
-    """One way to the triplets of W (float32), and the module that it needs."""
+    """One way to the triplets of W (float32), where it runs, and the module that it needs."""
 
     name: str
     run: Callable[[Tensor, int], _Found]
+    devices: tuple[str, ...] = ("cpu", "cuda")
     module: str = "torch"
 
 
@@ -88,8 +93,8 @@ PROGRAMS = (
     Program(_OURS, _ours),
     Program(_BASE, _svd),
     Program("torch.svd_lowrank", _lowrank),
-    Program("SciPy svds (ARPACK)", _arpack, "scipy"),
-    Program("PRIMME svds", _primme, "primme"),
+    Program("SciPy svds (ARPACK)", _arpack, ("cpu",), "scipy"),
+    Program("PRIMME svds", _primme, ("cpu",), "primme"),
 )
 
 
@@ -123,9 +128,10 @@ def measure(
     programs: list[Program],
     repeat: int,
     reference: bool,
+    device: str,
 ) -> Iterator[Row]:
     """One row a program, as soon as it is measured."""
-    weight = SPECTRA[spectrum](*shape, _generator())
+    weight = SPECTRA[spectrum](*shape, _generator()).to(device)
     exact = _svd(weight.double(), rank)[0] if reference else None
     for program in programs:
         _say(f"{shape[0]} × {shape[1]}, r = {rank}, {spectrum}: {program.name}")
@@ -135,6 +141,8 @@ def measure(
             for _ in range(repeat):
                 start = time.perf_counter()
                 found, remark = program.run(weight, rank)
+                if device == "cuda":
+                    torch.cuda.synchronize()
                 taken.append(time.perf_counter() - start)
         except RuntimeError as error:  # of ARPACK and PRIMME too, where they do not converge
             yield Row(*case, remark=f"failed: {error}".splitlines()[0])
@@ -189,21 +197,21 @@ def tables(rows: list[Row]) -> Iterator[str]:
     yield ""
 
 
-def claims(rows: list[Row]) -> Iterator[str]:
+def claims(rows: list[Row], device: str) -> Iterator[str]:
     """One line a claim and spectrum."""
     seconds = {
         (row.rows, row.columns, row.spectrum, row.program): row.seconds
         for row in rows
         if row.rank == _CLAIMED_RANK
     }
-    for (height, width), times in _CLAIMS.items():
+    for (height, width), times in _CLAIMS[device].items():
         text = f"{height} × {width}, r = {_CLAIMED_RANK}: {times} times as fast as `{_BASE}`"
         for spectrum in SPECTRA:
             ours, base = (seconds.get((height, width, spectrum, name)) for name in (_OURS, _BASE))
             if ours is None or base is None:
                 yield f"- {text}, {spectrum}: not measured"
                 continue
-            figures = f"{ours:.2f} against {base:.2f} s, {base / ours:.1f} times"
+            figures = f"{ours:.3f} against {base:.2f} s, {base / ours:.1f} times"
             yield claim(f"{text}, {spectrum}", base >= times * ours, figures)
 
 
@@ -211,10 +219,12 @@ def _ratio(row: Row, base: float | None) -> float | None:
     return None if row.seconds is None or base is None else base / row.seconds
 
 
-def _installed() -> list[Program]:
-    """The programs whose module is there, warmed up; says which are missing."""
-    weight, programs = decaying(*_WARM_UP[:2], _generator()), []
+def _installed(device: str) -> list[Program]:
+    """The programs for a device whose module is there, warmed up; says which are missing."""
+    weight, programs = decaying(*_WARM_UP[:2], _generator()).to(device), []
     for program in PROGRAMS:
+        if device not in program.devices:
+            continue
         if importlib.util.find_spec(program.module) is None:
             _say(f"{program.name}: not installed (`pip install {program.module}`)")
             continue
@@ -246,6 +256,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--ranks", nargs="+", type=int, default=[_CLAIMED_RANK])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", choices=sorted(_CLAIMS), default="cpu")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each; medians are shown")
     parser.add_argument(
         "--reference",
@@ -273,18 +284,20 @@ def main() -> None:
     """Measure and print, whatever the figures are."""
     options = _arguments()
     _set_threads(options.threads)
-    programs = _installed()
+    programs = _installed(options.device)
     results: list[Row] = []
     for shape, rank in itertools.product(options.shapes, options.ranks):
         reference = options.reference or min(shape) <= _REFERENCE_SIDE
         rows = [
             row
             for spectrum in SPECTRA
-            for row in measure(shape, rank, spectrum, programs, options.repeat, reference)
+            for row in measure(
+                shape, rank, spectrum, programs, options.repeat, reference, options.device
+            )
         ]
         print("\n".join(tables(rows)), flush=True)
         results += rows
-    print("\n".join(claims(results)))
+    print("\n".join(claims(results, options.device)))
     if options.json is not None:
         text = json.dumps([asdict(row) for row in results], indent=2)
         options.json.write_text(text + "\n", "utf-8")

@@ -11,8 +11,9 @@ from torch import Tensor
 from psoft_export.adapters.adapter import Adapter, SubspaceAdapter
 from psoft_export.algebra.rotation import rotation
 from psoft_export.basis.signs import delta_uncertainty
-from psoft_export.basis.solver import SOLVER, Workspace, leading_triplets
+from psoft_export.basis.solver import SOLVER, leading_triplets
 from psoft_export.basis.svd import Basis, BasisOptions, Triplets, make_basis, training_svd
+from psoft_export.basis.tall_matrix import Workspace
 from psoft_export.cache import BasisCache, CachedTriplets
 from psoft_export.device import device_name
 from psoft_export.errors import MismatchError

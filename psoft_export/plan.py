@@ -175,6 +175,6 @@ def _svd_bytes(shape: tuple[int, ...]) -> int:
 
 
 def _solver_bytes(shape: tuple[int, ...]) -> int:
-    """Of `basis.solver`, at worst: W again in float32, a Krylov space and its projection."""
+    """Of `basis.solver`, at worst: W again in float32, its Gram matrix and a Krylov space."""
     rows, columns = shape
-    return 4 * rows * columns + 8 * min(rows, columns) ** 2
+    return 4 * rows * columns + 16 * min(rows, columns) ** 2

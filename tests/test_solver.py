@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from psoft_export.basis import solver
+from psoft_export.basis import chebyshev, solver, tall_matrix
+from psoft_export.basis.chebyshev import chebyshev_space
 from psoft_export.basis.solver import Solution, leading_triplets
+from psoft_export.basis.space import Space
 from psoft_export.basis.svd import Triplets
+from psoft_export.basis.tall_matrix import TallMatrix, Workspace
 from tests import models
 
 UNIT = 2.0**-24  # float32's rounding
@@ -90,6 +93,42 @@ def test_triplets_are_those_of_a_float64_svd(shape: tuple[int, int], spectrum: s
         check(weight, rank, leading_triplets(weight, rank))
 
 
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_so_are_those_of_the_method_for_gpus(
+    shape: tuple[int, int], spectrum: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solver, "lanczos_space", lambda matrix, rank, *_: _on_gpus(matrix, rank))
+    monkeypatch.setattr(solver, "_SMALL_SIDE", 100)
+    weight = matrix(*shape, SPECTRA[spectrum](min(shape)))
+    for rank in (8, 40):
+        solution = leading_triplets(weight, rank)
+        check(weight, rank, solution)
+        falls_back = min(shape) < 100 or (spectrum == "low rank" and rank == 40)
+        assert (solution.certificate.method == "chebyshev") != falls_back
+
+
+def _on_gpus(matrix: TallMatrix, rank: int) -> Space | None:
+    return chebyshev_space(matrix, rank)
+
+
+def test_a_filter_that_leads_nowhere_gives_up() -> None:
+    """Of an orthogonal matrix no direction is before another."""
+    weight, _ = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64))
+    assert chebyshev_space(TallMatrix(weight.float(), Workspace()), 16) is None
+    assert chebyshev_space(TallMatrix(torch.zeros(300, 400), Workspace()), 16) is None
+
+
+@pytest.mark.parametrize("dependence", [1e-2, 1e-7, 0.0])
+def test_vectors_that_depend_on_one_another_become_orthonormal(dependence: float) -> None:
+    rows = torch.randn(20, 300, dtype=torch.float64)
+    rows[1:] = rows[0] + dependence * rows[1:]
+    rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    found = chebyshev._orthonormal(rows)
+    torch.testing.assert_close(found @ found.T, torch.eye(20, dtype=torch.float64))
+    torch.testing.assert_close(rows @ found.T @ found, rows)
+
+
 @pytest.mark.parametrize("rank", [1, 64, 200, 384])
 def test_every_rank_up_to_all(rank: int) -> None:
     weight = matrix(384, 500, decaying(384))
@@ -158,7 +197,7 @@ def test_the_certificate_sees_a_wrong_vector(part: str) -> None:
     weight = matrix(640, 700, decaying(640)).double()
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     near, far, sigma = left.T[:32].clone(), right[:32].clone(), values[:32].clone()
-    held = solver._TallMatrix(weight, solver.Workspace())
+    held = TallMatrix(weight, Workspace())
     assert solver._certificate(held, near, sigma, far, 16, "svd", 0).accepted
     if part == "vectors":  # 1e-6 radians out of the subspace, both sides to match
         near[5] += 1e-6 * left.T[100]
@@ -173,11 +212,12 @@ def test_the_certificate_sees_a_wrong_vector(part: str) -> None:
 def test_products_with_tiles_are_those_of_the_whole(
     shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(solver, "_TILE_ROWS", 37)
+    monkeypatch.setattr(tall_matrix, "_TILE_ROWS", 37)
+    monkeypatch.setattr(tall_matrix, "_GRAM_COLUMNS", 41)
     weight = torch.randn(shape).to(dtype)
     short = weight.double() if shape[0] < shape[1] else weight.double().T
     near, far = torch.randn(5, 300).double(), torch.randn(5, 410).double()
-    held = solver._TallMatrix(weight, solver.Workspace())
+    held = TallMatrix(weight, Workspace())
     assert torch.equal(held.whole(), short)
     pairs = [
         (held.to_long_side(near), near @ short),
@@ -185,6 +225,7 @@ def test_products_with_tiles_are_those_of_the_whole(
         (held.gram_product(near), near @ short @ short.T),
         (held.gram(), short @ short.T),
     ]
+    pairs.append((held.gram_product(near), near @ short @ short.T))  # by the Gram matrix now
     for found, wanted in pairs:
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 

@@ -1,0 +1,30 @@
+"""What the solver's methods find on the short side of W, how exactly, and where they start."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float64).eps
+TOLERANCE = 2.0**-26  # of a vector, as an angle: a quarter of float32's rounding
+_SEED = 20261122
+
+
+@dataclass(frozen=True)
+class Space:
+    """Orthonormal rows (p × k, float64) that span the leading vectors on the short side of W.
+
+    `method` found them; `columns` is the dimension of the Krylov space that they come from, 0
+    where there is none.
+    """
+
+    vectors: Tensor
+    method: str
+    columns: int = 0
+
+
+def random_rows(count: int, size: int, device: torch.device) -> Tensor:
+    """Orthonormal rows to start from (count × size, float64), the same each time on a device."""
+    generator = torch.Generator(device).manual_seed(_SEED)
+    drawn = torch.randn(size, count, dtype=torch.float64, device=device, generator=generator)
+    return torch.linalg.qr(drawn)[0].contiguous().T

@@ -1,0 +1,123 @@
+"""W as the solver multiplies by it: longer side in rows, products in float64, memory kept."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_TILE_ROWS = 256  # of W: in float64 they stay in a processor's caches
+# Behind each row, in numbers: rows a power of two apart would all fall into the same few lines of
+# a cache, which costs a product a tenth of its time and more.
+_PADDING = 8
+_GRAM_COLUMNS = 512  # formed at a time: half of the products are mirrored
+
+
+class Workspace:
+    """The large arrays of a solve, kept for the next one; for one thread at a time.
+
+    Fresh memory of that size comes from the operating system page by page, a tenth of a solve.
+    """
+
+    def __init__(self) -> None:
+        """Takes no memory yet."""
+        self._kept: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def take(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """An uninitialised matrix, until `name` is asked for again with that device and dtype.
+
+        Its rows are padded, so it is not contiguous.
+        """
+        key, count = (name, device, dtype), rows * (columns + _PADDING)
+        if key not in self._kept or self._kept[key].numel() < count:
+            self._kept.pop(key, None)  # before the larger one is made
+            self._kept[key] = torch.empty(count, dtype=dtype, device=device)
+        return self._kept[key][:count].view(rows, columns + _PADDING)[:, :columns]
+
+
+class TallMatrix:
+    """W with its longer side (l) in rows and its shorter (k) in columns, and products in float64.
+
+    On a CPU it stays in its own dtype, where it lies if its longer side is in rows, and is made
+    float64 a tile at a time: less memory to read, and a tile that serves both products with W
+    while it is in the caches.
+    """
+
+    def __init__(self, weight: Tensor, memory: Workspace) -> None:
+        """Take W, which must not change meanwhile."""
+        self.is_tall = weight.shape[0] >= weight.shape[1]
+        values = weight if self.is_tall else weight.T
+        on_cpu = weight.device.type == "cpu"
+        dtype = weight.dtype if on_cpu else torch.float64
+        self.length, self.size = values.shape
+        self.device = weight.device
+        self._memory = memory
+        if dtype == weight.dtype and values.is_contiguous():
+            self._values = values
+        else:
+            kept = memory.take("weight", self.length, self.size, weight.device, dtype)
+            self._values = kept.copy_(values)
+        self._step = _TILE_ROWS if on_cpu else self.length
+        narrow = dtype != torch.float64
+        self._tile = memory.take("tile", self._step, self.size, weight.device) if narrow else None
+        self._gram: Tensor | None = None
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows in float64, and which."""
+        for start in range(0, self.length, self._step):
+            rows = slice(start, min(start + self._step, self.length))
+            values = self._values[rows]
+            if self._tile is not None:
+                values = self._tile[: len(values)].copy_(values)
+            yield rows, values
+
+    def to_long_side(self, near: Tensor) -> Tensor:
+        """Vectors in rows (p × k) → their products with W (p × l)."""
+        far = torch.empty(len(near), self.length, dtype=torch.float64, device=self.device)
+        for rows, values in self._tiles():
+            far[:, rows] = (values @ near.T).T
+        return far
+
+    def to_short_side(self, far: Tensor) -> Tensor:
+        """Vectors in rows (p × l) → their products with the transpose of W (p × k)."""
+        near = torch.zeros(len(far), self.size, dtype=torch.float64, device=self.device)
+        for rows, values in self._tiles():
+            near.addmm_(far[:, rows], values)
+        return near
+
+    def gram_product(self, near: Tensor) -> Tensor:
+        """Vectors in rows (p × k) → their products with the Gram matrix of the short side.
+
+        By way of that matrix once it is formed (`gram`), which takes less time, else of W. Faster
+        of vectors that lie in columns, as the transpose of a contiguous matrix.
+        """
+        if self._gram is not None:
+            return (self._gram @ near.T).T
+        image = torch.zeros(near.shape, dtype=torch.float64, device=self.device)
+        for _, values in self._tiles():
+            image.addmm_((values @ near.T).T, values)
+        return image
+
+    def gram(self) -> Tensor:
+        """The Gram matrix of the short side, k × k; formed when it is first asked for."""
+        if self._gram is None:
+            total = self._memory.take("gram", self.size, self.size, self.device).zero_()
+            for _, values in self._tiles():
+                for start in range(0, self.size, _GRAM_COLUMNS):  # the lower triangle, in strips
+                    end = start + _GRAM_COLUMNS
+                    total[start:end, :end].addmm_(values[:, start:end].T, values[:, :end])
+            for start in range(0, self.size, _GRAM_COLUMNS):
+                end = start + _GRAM_COLUMNS
+                total[:start, start:end] = total[start:end, :start].T
+            self._gram = total
+        return self._gram
+
+    def whole(self) -> Tensor:
+        """All of it as k × l, float64."""
+        return self._values.to(torch.float64).T
