@@ -316,14 +316,18 @@ class OnnxModel:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **others: Any,
     ) -> Any:
-        """Run the model in the task that is in use; see `__call__`."""
+        """Run the model in the task that is in use; see `__call__`.
+
+        `cache` is what transformers from 5.24 on calls `past_key_values`.
+        """
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            _CACHE: past_key_values,
+            _CACHE: past_key_values if cache is None else cache,
             **others,
         }
         arguments = {name: value for name, value in given.items() if value is not None}

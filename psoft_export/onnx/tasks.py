@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from psoft_export.errors import UnsupportedError, UsageError
+from psoft_export.model.key_value_cache import cache_argument, cache_of
 from psoft_export.model.skeleton import mapped_classes
 from psoft_export.verification.inputs import decoder_start_token, pad_token
 
@@ -107,14 +108,14 @@ def _decoder(model: PreTrainedModel) -> dict[str, Sample]:
     head = {name: value[:, :_CACHED] for name, value in arguments.items()}
     tail = {name: value[:, _CACHED:] for name, value in arguments.items()}
     with torch.no_grad():
-        cache = model(**head, use_cache=True).past_key_values
+        cache = cache_of(model(**head, use_cache=True))
     axes = {
         "input_ids": {0: BATCH, 1: _LENGTH},
         "attention_mask": {0: BATCH, 1: _TOTAL},
         "position_ids": {0: BATCH, 1: _LENGTH},
         "past_key_values": {0: BATCH, 2: _PAST},
     }
-    arguments = {**tail, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    arguments = {**tail, "attention_mask": mask, cache_argument(model): cache, "use_cache": True}
     return {"model": Sample(arguments, axes)}
 
 
@@ -172,8 +173,9 @@ def _encoder_decoder(model: PreTrainedModel) -> dict[str, Sample]:
             "decoder_input_ids": targets[:, :_CACHED],
             "use_cache": True,
         }
-        cache = model(**prefill).past_key_values
-    decode = {**prefill, "decoder_input_ids": targets[:, _CACHED:], "past_key_values": cache}
+        cache = cache_of(model(**prefill))
+    targets = targets[:, _CACHED:]
+    decode = {**prefill, "decoder_input_ids": targets, cache_argument(model): cache}
     axes = {
         "input_ids": {0: BATCH, 1: _SOURCE},
         "attention_mask": {0: BATCH, 1: _SOURCE},

@@ -18,7 +18,8 @@ from psoft_export.verification.models import quiet
 
 Fusion = Literal["cpu", "cuda"]
 LOWEST_OPSET = 18  # torch's own; graphs are not converted to older ones
-_CACHE = "past_key_values"
+# As other programs know a cache, and what transformers calls it from 5.24 on.
+_CACHE, _NEWER_CACHE = "past_key_values", "cache"
 _BFLOAT16 = onnx_ir.DataType.BFLOAT16
 _FLOAT = onnx_ir.DataType.FLOAT
 
@@ -74,6 +75,9 @@ def trace(
         )
     _drop_origins(component.program)
     _name_values(graph)
+    traced = component.metadata.kwargs  # which the exporters' runner takes, by these names
+    if _NEWER_CACHE in traced:
+        traced[_CACHE] = traced.pop(_NEWER_CACHE)
     _name_extents(component.program, sample.axes)
     return component
 
@@ -123,12 +127,16 @@ def _drop_origins(program: onnx_ir.Model) -> None:
 def _name_values(graph: onnx_ir.Graph) -> None:
     for value in graph.inputs:
         assert value.name is not None
-        value.name = value.name.removeprefix("input.")
+        name = value.name.removeprefix("input.")
+        is_newer = name.startswith(f"{_NEWER_CACHE}.")
+        value.name = _CACHE + name.removeprefix(_NEWER_CACHE) if is_newer else name
     for value in graph.outputs:
         assert value.name is not None
         name = value.name.removeprefix("output.")
-        is_cache = name.startswith(f"{_CACHE}.")
-        value.name = "present" + name.removeprefix(_CACHE) if is_cache else name
+        for cache in (_CACHE, _NEWER_CACHE):
+            if name.startswith(f"{cache}."):
+                name = "present" + name.removeprefix(cache)
+        value.name = name
 
 
 def _name_extents(program: onnx_ir.Model, axes: Mapping[str, Mapping[int, str]]) -> None:

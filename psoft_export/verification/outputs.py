@@ -22,6 +22,7 @@ from psoft_export.checkpoint.reader import Checkpoint, open_checkpoint
 from psoft_export.device import full_precision
 from psoft_export.errors import CheckpointError, first_line
 from psoft_export.memory import available_bytes, release_freed_memory
+from psoft_export.model.key_value_cache import cache_argument, cache_of
 from psoft_export.plan import MergePlan
 from psoft_export.verification.distance import DistanceSum, cross_entropy, share_followed
 from psoft_export.verification.figures import Generation, OutputDistance, OutputsLevel
@@ -428,7 +429,7 @@ class OutputsCheck:
 
     def _arguments(self, batch: Batch, model: Any) -> dict[str, Tensor]:
         return {
-            name: value.to(self._device, model.dtype if value.is_floating_point() else None)
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
             for name, value in batch.arguments.items()
         }
 
@@ -485,7 +486,7 @@ class OutputsCheck:
             eos_token_id=getattr(config, "eos_token_id", None),
             decoder_start_token_id=decoder_start_token(model.config),
         )
-        ids = prompts.to(self._device)
+        ids = prompts.to(model.device)
         found = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -499,7 +500,7 @@ class OutputsCheck:
         """Mean loss of a token given those before it in its window, in nats."""
         total = 0.0
         for window in windows[:, None]:
-            ids = window.to(self._device)
+            ids = window.to(model.device)
             total += cross_entropy(model(input_ids=ids).logits, ids)
         return total / windows[:, 1:].numel()
 
@@ -609,9 +610,8 @@ def _outputs_in_two(model: Any, arguments: dict[str, Tensor], split: int) -> Ten
     head = {n: v[:, :split] for n, v in positions.items()}
     tail = {n: v[:, split:] for n, v in positions.items()}
     first = model(**head, attention_mask=mask[:, :split], use_cache=True)
-    second = model(
-        **tail, attention_mask=mask, past_key_values=first.past_key_values, use_cache=True
-    )
+    cached = {cache_argument(model): cache_of(first)}
+    second = model(**tail, **cached, attention_mask=mask, use_cache=True)
     return torch.cat([first.logits, second.logits], dim=1)
 
 
