@@ -181,16 +181,15 @@ class BasisFinder:
         """The basis of these triplets, with the record's signs where there is one."""
         assert self._subspace is not None
         record, options = self._adapter.record, self._subspace.basis_options
-        held = None
-        if record is None:
-            basis = make_basis(triplets, options)
-        else:
-            basis, held = record.restored(module, triplets, options)
+        turn = rotation(self._subspace.rotations[module])
+        if record is not None:
+            basis, signs = record.restored(module, triplets, options)
+            assert next_value is not None  # of the solver, always
+            return FoundBasis(basis, signs.left_open(next_value, turn), next_value)
         uncertainty = None
         if next_value is not None:
-            turn = rotation(self._subspace.rotations[module])
-            uncertainty = delta_uncertainty(triplets.values, next_value, turn, held)
-        return FoundBasis(basis, uncertainty, next_value)
+            uncertainty = delta_uncertainty(triplets.values, next_value, turn)
+        return FoundBasis(make_basis(triplets, options), uncertainty, next_value)
 
     @property
     def _usable_cache(self) -> BasisCache | None:

@@ -34,7 +34,7 @@ from psoft_export.algebra.logarithm import NotARotationError
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.algebra.rotation import rotation_angles
 from psoft_export.bases import BasisFinder
-from psoft_export.basis.signs import ADVISED_LIMIT, SignRecord, delta_uncertainty, record_signs
+from psoft_export.basis.signs import ADVISED_LIMIT, SignRecord, proven_signs
 from psoft_export.basis.solver import leading_triplets
 from psoft_export.basis.svd import Basis, Triplets, basis_values, make_basis
 from psoft_export.cache import BasisCache, open_cache
@@ -501,39 +501,29 @@ class _Combiner:
         with ExitStack() as opened:
             readers = {m.name: opened.enter_context(BaseReader(m.plan)) for m in self._members}
             for number, name in enumerate(self._names, 1):
-                weight, basis, next_value = self._combined(name, readers)
+                weight, basis = self._combined(name, readers)
                 module = self._module(name)
-                yield module, weight.trained, self._layer(kind, module, basis, next_value, weight)
+                yield module, weight.trained, self._layer(kind, module, basis, weight)
                 done += self._planned[name].spec.nbytes
                 if self._progress is not None:
                     self._progress(Progress(done, total, number, len(self._names), name))
             self._weights = readers[self._members[0].name].sha256()
 
     def _layer(
-        self,
-        kind: Kind,
-        module: str,
-        basis: Basis,
-        next_value: float | None,
-        weight: TargetWeight,
+        self, kind: Kind, module: str, basis: Basis, weight: TargetWeight
     ) -> SignRecord | Basis:
         if kind == "full":
             return basis
-        if next_value is None:
-            solved = leading_triplets(weight.as_trained.to(self._device), self._options.rank)
-            next_value = solved.certificate.next_value
-        signs = record_signs(basis, self._options, next_value)
-        turn = self._rotations[module].matrix
-        open_ = delta_uncertainty(signs.values, next_value, turn, signs.cluster)
-        self._left_open = max(self._left_open, open_)
+        solved = leading_triplets(weight.as_trained.to(self._device), self._options.rank)
+        turn, next_value = self._rotations[module].matrix, solved.certificate.next_value
+        signs = proven_signs(basis, self._options, solved.triplets, next_value, turn)
+        self._left_open = max(self._left_open, signs.left_open(next_value, turn))
         return signs
 
-    def _combined(
-        self, name: str, readers: Mapping[str, BaseReader]
-    ) -> tuple[TargetWeight, Basis, float | None]:
-        """Combine the rotations of one tensor; its weight, the basis, and σ_{r+1} if known."""
+    def _combined(self, name: str, readers: Mapping[str, BaseReader]) -> tuple[TargetWeight, Basis]:
+        """Combine the rotations of one tensor; its weight, and the basis."""
         module, changing = self._module(name), [m for m in self._members if name in m.tensors]
-        weight, changes, next_values = None, {}, {}
+        weight, changes = None, {}
         for member in changing:
             planned = member.tensors[name]
             assert planned.module is not None
@@ -542,11 +532,9 @@ class _Combiner:
             found = member.bases.find(planned.module, weight.as_trained, weight.trained.sha256)
             assert found.basis is not None
             changes[member.name] = member.adapter.change(planned.module, found.basis)
-            next_values[member.name] = found.next_value
         assert weight is not None
         largest = max(changing, key=lambda member: member.adapter.rank)
         basis = self._basis(changes[largest.name], weight)
-        same_rank = largest.adapter.rank == self._options.rank
         rotations, outside = self._in_one_basis(module, basis, changes)
         members = {m.name: turn for m, turn in zip(self._members, rotations, strict=True)}
         combined = combined_module(self._combination, module, members)
@@ -562,7 +550,7 @@ class _Combiner:
                 outside,
             )
         )
-        return weight, basis, next_values[largest.name] if same_rank else None
+        return weight, basis
 
     def _basis(self, change: SubspaceRotation, weight: TargetWeight) -> Basis:
         """The basis of an adapter in the form and rank of the result."""

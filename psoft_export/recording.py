@@ -27,8 +27,7 @@ from psoft_export.bases import BasisFinder
 from psoft_export.basis.signs import (
     ADVISED_LIMIT,
     SignRecord,
-    delta_uncertainty,
-    record_signs,
+    proven_signs,
     relative_signs,
 )
 from psoft_export.basis.solver import leading_triplets
@@ -309,18 +308,19 @@ class _Recorder:
     def _layer(self, module: str, weight: TargetWeight) -> SignRecord | Basis:
         found = self._finder.find(module, weight.as_trained, weight.trained.sha256)
         assert found.basis is not None
-        return self._keep(module, found.basis, found.next_value)
+        return self._keep(module, found.basis, weight)
 
-    def _keep(self, module: str, basis: Basis, next_value: float | None) -> SignRecord | Basis:
+    def _keep(self, module: str, basis: Basis, weight: TargetWeight) -> SignRecord | Basis:
         """The layer of the wanted kind, and its entry in the report."""
         options = self._adapter.basis_options
         if self._kind == "full":
             self.modules.append(RecordedModule(module, options.rank, 0.0, options.rank))
             return basis
-        assert next_value is not None
-        signs = record_signs(basis, options, next_value)
+        solution = leading_triplets(weight.as_trained.to(self._device), options.rank)
+        next_value = solution.certificate.next_value
         turn = rotation(self._adapter.rotations[module])
-        left_open = delta_uncertainty(signs.values, next_value, turn, signs.cluster)
+        signs = proven_signs(basis, options, solution.triplets, next_value, turn)
+        left_open = signs.left_open(next_value, turn)
         self.modules.append(RecordedModule(module, options.rank, left_open, len(signs.cluster)))
         return signs
 
@@ -346,11 +346,8 @@ class _Converter(_Recorder):
     def _layer(self, module: str, weight: TargetWeight) -> SignRecord | Basis:
         trained = weight.as_trained
         found = self._finder.find(module, trained, weight.trained.sha256)
-        basis, next_value = found.basis, found.next_value
+        basis = found.basis
         assert basis is not None
-        if next_value is None and self._kind == "signs":
-            rank = self._adapter.basis_options.rank
-            next_value = leading_triplets(trained.to(self._device), rank).certificate.next_value
         if self._local is not None:
             here = self._local.find(module, trained, weight.trained.sha256)
             assert here.basis is not None
@@ -364,7 +361,7 @@ class _Converter(_Recorder):
             self.rotations[module] = conjugated(self._adapter.rotations[module], signs)
             single = signs.to(basis.a.device, torch.float32)
             basis = Basis(basis.a * single[:, None], basis.b * single)
-        return self._keep(module, basis, next_value)
+        return self._keep(module, basis, weight)
 
 
 def _targets(

@@ -234,7 +234,7 @@ def exact_weights(model: PeftModel) -> dict[str, torch.Tensor]:
             continue
         a, b = layer._get_psoft_ab_cache_buffers("default")
         rotation = copy.deepcopy(layer.psoft_R["default"]).double().get_matrix()
-        core = rotation - torch.eye(len(rotation), dtype=torch.float64)
+        core = rotation - torch.eye(len(rotation), dtype=torch.float64, device=rotation.device)
         delta = layer.scaling["default"] * (b.double() @ core @ a.double())
         weights[path] = (layer.get_base_layer().weight.double() + delta).detach()
     return weights

@@ -2,14 +2,16 @@
 
 Version 1 of the format. Metadata: `format`, `version`, `kind` (`signs` or `full`), `rank`, `svd`
 (JSON: how the basis was found and scaled), `base` (JSON: module → dtype, shape and SHA-256 of
-the weight it was found in), and `recovered` (JSON, `Recovery`) where nobody recorded the signs in
-training and they were recovered from data. Tensors for every module: `singular_values`, `anchor`,
-`sign`, `cluster`, `cluster_A` and `cluster_B` (see `basis.signs.SignRecord`), or `A` and `B`.
+the weight it was found in), of signs `distance` (JSON: module → `SignRecord.distance`, where it
+was measured), and `recovered` (JSON, `Recovery`) where nobody recorded the signs in training and
+they were recovered from data. Tensors for every module: `singular_values`, `anchor`, `sign`,
+`cluster`, `cluster_A` and `cluster_B` (see `basis.signs.SignRecord`), or `A` and `B`.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,7 +26,7 @@ from psoft_export.checkpoint.reader import raw
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header, read_tensor
 from psoft_export.checkpoint.writer import ShardWriter, TensorSpec, aligned_order
 from psoft_export.device import device_name
-from psoft_export.errors import MismatchError, RecordError, UsageError
+from psoft_export.errors import MismatchError, RecordError, UnsupportedError, UsageError
 
 FILENAME = "psoft_basis.safetensors"
 FORMAT = "psoft-basis"
@@ -136,6 +138,7 @@ class BasisRecord:
         svd: how the basis was found.
         base: module path → the weight it was found in.
         entries: the file's tensors by name.
+        distance: module path → `SignRecord.distance`, of those in which it was measured.
         recovered: how the signs were recovered from data, or None where training recorded them.
     """
 
@@ -145,6 +148,7 @@ class BasisRecord:
     svd: SvdDescription
     base: Mapping[str, BaseTensor]
     entries: Mapping[str, TensorEntry]
+    distance: Mapping[str, float]
     recovered: Recovery | None = None
 
     @property
@@ -163,7 +167,10 @@ class BasisRecord:
         Raises:
             RecordError: the file cannot be read, or holds values that no record has.
         """
-        record = SignRecord(*(self._tensor(module, suffix) for suffix in _SUFFIXES["signs"]))
+        values, anchor, sign, *held = (self._tensor(module, n) for n in _SUFFIXES["signs"])
+        cluster, cluster_a, cluster_b = held
+        distance = self.distance.get(module, 0.0)
+        record = SignRecord(values, anchor, sign, cluster, cluster_a, cluster_b, distance)
         rows = self.base[module].shape[0]
         sound = (
             bool((record.sign.abs() == 1).all())
@@ -186,12 +193,11 @@ class BasisRecord:
 
     def restored(
         self, module: str, triplets: Triplets, options: BasisOptions
-    ) -> tuple[Basis, Tensor]:
+    ) -> tuple[Basis, SignRecord]:
         """A and B of one module (kind `signs`), given the leading triplets of its weight.
 
         Returns:
-            The basis, float32 on the device of the triplets, and the indices (c, int32) of the
-            vectors that the record holds themselves.
+            The basis, float32 on the device of the triplets, and the signs.
 
         Raises:
             RecordError: as `signs`.
@@ -199,7 +205,7 @@ class BasisRecord:
         """
         signs = self.signs(module)
         try:
-            return restore(triplets, signs, options), signs.cluster
+            return restore(triplets, signs, options), signs
         except SignMismatchError as cause:
             raise MismatchError(
                 f"{self.path}: module '{module}': {cause}; record the adapter again"
@@ -241,6 +247,8 @@ def read_record(folder: Path) -> BasisRecord | None:
             )
             for module, origin in json.loads(metadata["base"]).items()
         }
+        measured = json.loads(metadata.get("distance", "{}"))
+        distance = {str(module): float(value) for module, value in measured.items()}
         found = json.loads(metadata.get("recovered", "null"))
         recovered = Recovery(**found) if found is not None else None
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as cause:
@@ -248,7 +256,7 @@ def read_record(folder: Path) -> BasisRecord | None:
     if kind not in _SUFFIXES:
         raise RecordError(f"{path}: kind {kind!r} is neither 'signs' nor 'full'")
     by_name = {entry.name: entry for entry in entries}
-    record = BasisRecord(path, kind, rank, svd, base, by_name, recovered)
+    record = BasisRecord(path, kind, rank, svd, base, by_name, distance, recovered)
     _check_tensors(record)
     return record
 
@@ -323,6 +331,7 @@ def write_record(
         recovered: how the signs were recovered from data, or None.
 
     Raises:
+        UnsupportedError: signs that do not give the basis back at all.
         OutputError: the folder cannot be written.
     """
     base = {m: BaseTensor("BF16", shape, _UNKNOWN_SHA256) for m, shape in shapes.items()}
@@ -330,12 +339,24 @@ def write_record(
     with replacing_file(path) as scratch:
         if kind == "signs":
             records: dict[str, Tensor] = {}
+            distance = {}
             for module, origin, record in layers:
+                assert isinstance(record, SignRecord)
                 base[module] = origin
+                if not math.isfinite(record.distance):
+                    raise UnsupportedError(
+                        f"module '{module}': the SVD of training is so far from the singular "
+                        "vectors of the weight that signs cannot give it back; use kind 'full'"
+                    )
+                if record.distance:
+                    distance[module] = record.distance
                 records |= {f"{module}.{n}": t for n, t in _sign_tensors(record).items()}
             named = {n: TensorSpec(n, CODES[t.dtype], tuple(t.shape)) for n, t in records.items()}
             specs = aligned_order(named.values())
-            writer = ShardWriter(scratch, specs, _metadata(kind, rank, svd, base, recovered))
+            metadata = _metadata(kind, rank, svd, base, recovered)
+            if distance:
+                metadata["distance"] = json.dumps(distance, sort_keys=True)
+            writer = ShardWriter(scratch, specs, metadata)
             for spec in specs:
                 writer.append(raw(records[spec.name]))
         else:
@@ -356,10 +377,10 @@ def write_record(
     return path
 
 
-def _sign_tensors(record: SignRecord | Basis) -> dict[str, Tensor]:
-    assert isinstance(record, SignRecord)
-    values = (getattr(record, field.name) for field in fields(record))
-    return dict(zip(_SUFFIXES["signs"], values, strict=True))
+def _sign_tensors(record: SignRecord) -> dict[str, Tensor]:
+    values = (record.values, record.anchor, record.sign)
+    held = (record.cluster, record.cluster_a, record.cluster_b)
+    return dict(zip(_SUFFIXES["signs"], values + held, strict=True))
 
 
 def _metadata(

@@ -86,10 +86,11 @@ def _orthonormal(vectors: Tensor) -> Tensor:
     By Cholesky factors of their products, twice, which a GPU is fast at; by QR where they depend
     on one another so far that this would not be exact.
     """
-    rows = vectors
+    rows: Tensor = vectors
     for _ in range(2):
         factor, problem = torch.linalg.cholesky_ex(rows @ rows.T)
         if int(problem) or float(factor.diagonal().min()) < _INDEPENDENT:
-            return torch.linalg.qr(vectors.T)[0].T.contiguous()
+            rows = torch.linalg.qr(vectors.T)[0].T.contiguous()
+            break
         rows = torch.linalg.solve_triangular(factor, rows, upper=False)
     return rows

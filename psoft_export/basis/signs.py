@@ -5,11 +5,12 @@ rotation among them. A sign record holds the signs, and those pairs themselves.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from psoft_export.algebra.low_rank import product_difference, product_norm
 from psoft_export.basis.svd import Basis, BasisOptions, Triplets, basis_values, make_basis
 
 # A float32 SVD turns vector i towards vector j by about _PRECISION · σ₁ / |σᵢ − σⱼ| radians
@@ -32,6 +33,8 @@ class SignRecord:
         cluster: indices of the vectors that no sign can pin down (c, int32), ascending.
         cluster_a: their rows of A (c × in, float32), as training held them.
         cluster_b: their columns of B (out × c, float32).
+        distance: how far ΔW in the basis that the record gives back was found to be from ΔW in
+            training's, relative to ‖ΔW‖; 0 where nobody measured it.
     """
 
     values: Tensor
@@ -40,6 +43,15 @@ class SignRecord:
     cluster: Tensor
     cluster_a: Tensor
     cluster_b: Tensor
+    distance: float = 0.0
+
+    def left_open(self, next_value: float, rotation: Tensor) -> float:
+        """What the record leaves open of ΔW, relative to ‖ΔW‖: estimated, and measured.
+
+        Arguments as of `delta_uncertainty`.
+        """
+        estimate = delta_uncertainty(self.values, next_value, rotation, self.cluster)
+        return max(estimate, self.distance)
 
 
 class SignMismatchError(ValueError):
@@ -118,6 +130,46 @@ def record_signs(basis: Basis, options: BasisOptions, next_value: float) -> Sign
         basis.a.to("cpu", torch.float32)[held].clone(),
         basis.b.to("cpu", torch.float32)[:, held].clone(),
     )
+
+
+def proven_signs(
+    basis: Basis, options: BasisOptions, triplets: Triplets, next_value: float, rotation: Tensor
+) -> SignRecord:
+    """The record of a basis, and how far what it gives back is from that basis.
+
+    An SVD on a GPU can miss the singular vectors by far more than float32's rounding
+    (`docs/basis.md`), and what it returned in their place no solver finds again.
+
+    Args:
+        basis: A and B as training held them.
+        options: how they were scaled.
+        triplets: the leading triplets of W, by a solver that is exact.
+        next_value: σ_{r+1} of W.
+        rotation: R, r × r, float64.
+
+    Returns:
+        The record; its `distance` is infinite where the singular values themselves are others.
+    """
+    record = record_signs(basis, options, next_value)
+    try:
+        restored = restore(triplets, record, options)
+    except SignMismatchError:
+        return replace(record, distance=math.inf)
+    return replace(record, distance=delta_distance(restored, basis, rotation))
+
+
+def delta_distance(basis: Basis, reference: Basis, rotation: Tensor) -> float:
+    """‖ΔW − ΔW'‖ / ‖ΔW'‖ (Frobenius) of one rotation in two bases of the same options.
+
+    Args:
+        basis: A and B. reference: A' and B', on any device.
+        rotation: R, r × r, float64.
+    """
+    core = rotation.cpu() - torch.eye(len(rotation), dtype=torch.float64)
+    left, right = basis.b.cpu().double() @ core, basis.a.cpu().double()
+    other_left, other_right = reference.b.cpu().double() @ core, reference.a.cpu().double()
+    norm = product_norm(other_left, other_right)
+    return product_difference(left, right, other_left, other_right) / norm if norm else 0.0
 
 
 def signs_at(left: Tensor, anchor: Tensor) -> Tensor:

@@ -27,4 +27,5 @@ def random_rows(count: int, size: int, device: torch.device) -> Tensor:
     """Orthonormal rows to start from (count × size, float64), the same each time on a device."""
     generator = torch.Generator(device).manual_seed(_SEED)
     drawn = torch.randn(size, count, dtype=torch.float64, device=device, generator=generator)
-    return torch.linalg.qr(drawn)[0].contiguous().T
+    rows: Tensor = torch.linalg.qr(drawn)[0].contiguous().T
+    return rows
