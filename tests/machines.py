@@ -41,6 +41,18 @@ def one_thread(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left, values, right
 
 
+def coarse_svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As a GPU's Jacobi SVD leaves it: orthonormal vectors, some 1e-2 radians astray."""
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    generator = torch.Generator().manual_seed(9)
+    near = []
+    for exact in (left, right.T):
+        noise = torch.randn(exact.shape, dtype=torch.float64, generator=generator)
+        factor, triangle = torch.linalg.qr(exact + 1e-2 / len(exact) ** 0.5 * noise)
+        near.append((factor * triangle.diagonal().sign()).float())
+    return near[0], values.float(), near[1].T.contiguous()
+
+
 MACHINES: dict[str, Svd] = {
     "numpy": numpy_svd,
     "float64": float64_svd,
@@ -64,4 +76,14 @@ def pretend(svd: Svd, patch: pytest.MonkeyPatch) -> None:
         return triplets(weight, options.rank)
 
     patch.setattr(bases, "leading_triplets", solver)
+    patch.setattr(bases, "training_svd", training)
+
+
+def pretend_training(svd: Svd, patch: pytest.MonkeyPatch) -> None:
+    """Find bases by `svd` where training's own is asked for, and there alone."""
+
+    def training(weight: Tensor, options: BasisOptions) -> tuple[Triplets, float]:
+        left, values, right = svd(weight)
+        return Triplets(left, values, right).truncated(options.rank), float(values[options.rank])
+
     patch.setattr(bases, "training_svd", training)

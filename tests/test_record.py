@@ -27,7 +27,7 @@ from psoft_export.errors import (
 )
 from tests import files, models
 from tests.conftest import BUNDLED, EXAMPLES
-from tests.machines import MACHINES, pretend, random_signs
+from tests.machines import MACHINES, coarse_svd, numpy_svd, pretend, pretend_training, random_signs
 
 BASE = EXAMPLES / "base"
 MISMATCH, OUTPUT, RECORD, MISSING = 5, 8, 12, 13
@@ -272,6 +272,39 @@ def test_auto_records_whole_and_signs_advises_it(
     (advice,) = psoft_export.record(BASE, adapter, kind="signs", device="cpu").warnings
     assert "kind 'full' leaves nothing open" in advice
     assert psoft_export.record(BASE, adapter, overwrite=True, device="cpu").kind == "full"
+
+
+def test_what_a_coarse_svd_missed_is_measured_and_recorded_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = bundled(BUNDLED[1], tmp_path / "adapter", recorded=False)
+    pretend_training(numpy_svd, monkeypatch)
+    report = psoft_export.record(BASE, adapter, device="cpu", cache=False)
+    assert report.kind == "signs" and all((m.uncertainty or 0) < 5e-3 for m in report.modules)
+    pretend_training(coarse_svd, monkeypatch)
+    settings: dict[str, Any] = {"device": "cpu", "cache": False, "overwrite": True}
+    assert psoft_export.record(BASE, adapter, **settings).kind == "full"
+    _, truth = merged(adapter, tmp_path / "full")
+    report = psoft_export.record(BASE, adapter, kind="signs", **settings)
+    (advice,) = report.warnings
+    assert "kind 'full' leaves nothing open" in advice
+    figures, found = merged(adapter, tmp_path / "signs")
+    for module, (apart, figure) in deviations(figures, found, truth).items():
+        assert figure.basis_uncertainty == pytest.approx(apart, rel=0.05), module
+        assert apart > 1e-2
+    other = tmp_path / "converted"
+    psoft_export.convert(BASE, adapter, other, to="full", device="cpu", cache=False)
+    assert load_file(other / FILENAME)  # what the signs gave back, and no more
+
+    def far(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        left, values, right = numpy_svd(weight)
+        return left, values * (1 + 1e-3), right
+
+    pretend_training(far, monkeypatch)
+    with pytest.raises(UnsupportedError, match=r"module 'model.*use kind 'full'"):
+        psoft_export.record(BASE, adapter, kind="signs", **settings)
+    assert merged(adapter, tmp_path / "kept")[0].manifest["basis"] == figures.manifest["basis"]
+    assert psoft_export.record(BASE, adapter, **settings).kind == "full"
 
 
 def test_lowrank_needs_full(llama: Path, tmp_path: Path) -> None:

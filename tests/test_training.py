@@ -22,6 +22,7 @@ from psoft_export.errors import (
     UsageError,
 )
 from tests import models
+from tests.machines import coarse_svd
 
 
 def psoft_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
@@ -129,6 +130,42 @@ def test_auto_records_whole_what_signs_leave_uncertain(
     assert kind_of(tmp_path) == "full"
     psoft_export.record_basis(model, tmp_path, kind="signs")
     assert kind_of(tmp_path) == "signs"
+
+
+def test_a_basis_that_a_coarse_svd_found_is_recorded_whole(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_BELONGS", 0.1)
+    model = trained(llama)
+    for layer in psoft_layers(model).values():
+        left, values, right = coarse_svd(layer.get_base_layer().weight.detach())
+        rank = len(layer._psoft_A_cache["default"])
+        layer._psoft_A_cache["default"].copy_(right[:rank])
+        layer._psoft_B_cache["default"].copy_(left[:, :rank] * values[:rank] / 2)
+    psoft_export.record_basis(model, tmp_path)
+    assert kind_of(tmp_path) == "full"
+    with pytest.warns(UserWarning, match=r"signs leave .*% of ΔW open in 'model.*kind 'full'"):
+        psoft_export.record_basis(model, tmp_path, kind="signs")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["auto", "full"])
+def test_what_a_gpu_trained_is_recorded(kind: Any, llama: Path, tmp_path: Path) -> None:
+    targets = list(models.FAMILIES["llama"].targets)
+    config = PsoftConfig(r=8, psoft_alpha=16, task_type="CAUSAL_LM", target_modules=targets)
+    model = get_peft_model(models.load_task_model("llama", llama).cuda(), config).eval()
+    models.perturb(model, seed=3)
+    model.save_pretrained(tmp_path)
+    psoft_export.record_basis(model, tmp_path, kind=kind)
+    report = psoft_export.merge(llama, tmp_path, tmp_path / "merged", device="cpu")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    base = load_file(llama / "model.safetensors")
+    truth = models.exact_weights(model)
+    for module in report.modules:
+        weight, exact = base[module.tensor].double(), truth[module.module].cpu()
+        apart = (merged[module.tensor].double() - exact).norm() / (exact - weight).norm()
+        allowed = (module.basis_uncertainty or 0) + 2 * module.relative_rounding
+        assert float(apart) <= allowed <= 1e-2 + 2 * module.relative_rounding, module
 
 
 def test_recording_is_repeatable_and_draws_no_random_numbers(llama: Path, tmp_path: Path) -> None:
