@@ -187,7 +187,7 @@ def perturb(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
                 parameter.add_((0.1 * noise).to(parameter.dtype))
 
 

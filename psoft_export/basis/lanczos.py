@@ -19,7 +19,6 @@ _PROMISING = 1e-2
 _CROWDED = 1e-8
 _EARLY = 6 * _BLOCK  # columns by which the first vector has settled, but where many are needed
 _SETTLED = 1e-2  # residual of the first vector, relative to its value
-_SHORT_SIDE = 32  # times r: up to here the Gram matrix is formed at once
 _SWEEP_ROWS = 128  # of the basis: in float64 they stay in a processor's caches
 
 
@@ -34,8 +33,6 @@ def lanczos_space(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) -
     schedule = _Schedule(first=3 * kept)
     if schedule.next > midway:
         return None
-    if matrix.size <= _SHORT_SIDE * rank:
-        matrix.gram()  # to be used from now on
     krylov = _KrylovSpace(matrix, limit, memory)
     while krylov.columns + _BLOCK <= limit:
         krylov.grow()
@@ -43,7 +40,7 @@ def lanczos_space(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) -
         if columns == _EARLY:
             first = krylov.ritz(1)
             if float(first.residuals[0]) > _SETTLED * float(first.values[0]):
-                matrix.gram()
+                matrix.gram()  # to be used from now on
         if columns < schedule.next and not krylov.is_exhausted:
             continue
         if columns <= kept:
