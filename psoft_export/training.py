@@ -291,7 +291,7 @@ def _all_signs(layers: Sequence[_Layer], limit: float) -> list[SignRecord] | Non
             return None
         records.append(record)
     worst = max(left_open, key=lambda path: left_open[path])
-    if left_open[worst] > ADVISED_LIMIT:
+    if ADVISED_LIMIT < left_open[worst] < math.inf:  # infinite: `write_record` refuses it
         warnings.warn(
             f"signs leave {left_open[worst]:.1%} of ΔW open in '{worst}'; kind 'full' leaves "
             "nothing open",
