@@ -148,7 +148,7 @@ def measure(
             yield Row(*case, remark=f"failed: {error}".splitlines()[0])
             continue
         triplets = _sorted(found.to(torch.float32).to(torch.float64))
-        on_right, on_left = _residuals(weight.double(), triplets)
+        on_right, on_left = residuals(weight.double(), triplets)
         of_vectors, of_values = _differences(triplets, exact) if exact else (None, None)
         figures = (statistics.median(taken), on_right, on_left, of_vectors, of_values)
         yield Row(*case, *figures, remark)
@@ -159,7 +159,8 @@ def _sorted(triplets: Triplets) -> Triplets:
     return Triplets(triplets.left[:, order], values, triplets.right[order])
 
 
-def _residuals(weight: Tensor, found: Triplets) -> tuple[float, float]:
+def residuals(weight: Tensor, found: Triplets) -> tuple[float, float]:
+    """The largest ‖Wᵀuᵢ − σᵢvᵢ‖ and ‖Wvᵢ − σᵢuᵢ‖, both relative to σ₁, in the dtype of W."""
     left, values, right = found.left, found.values, found.right
     on_right = torch.linalg.vector_norm(left.T @ weight - values[:, None] * right, dim=1)
     on_left = torch.linalg.vector_norm(weight @ right.T - left * values, dim=0)

@@ -148,6 +148,21 @@ def test_a_basis_that_a_coarse_svd_found_is_recorded_whole(
         psoft_export.record_basis(model, tmp_path, kind="signs")
 
 
+def test_a_basis_with_other_singular_values_is_refused_as_signs(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(training, "_BELONGS", 0.1)
+    model = trained(llama)
+    for layer in psoft_layers(model).values():
+        layer._psoft_B_cache["default"].mul_(1.01)
+    with pytest.raises(UnsupportedError, match=r"module 'model.*use kind 'full'"):
+        psoft_export.record_basis(model, tmp_path, kind="signs")
+    assert not any("of ΔW open" in str(warning.message) for warning in recwarn)
+    assert not (tmp_path / FILENAME).exists()
+    psoft_export.record_basis(model, tmp_path)
+    assert kind_of(tmp_path) == "full"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["auto", "full"])
 def test_what_a_gpu_trained_is_recorded(kind: Any, llama: Path, tmp_path: Path) -> None:
