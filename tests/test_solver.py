@@ -3,17 +3,21 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from psoft_export.basis import chebyshev, solver, tall_matrix
+from psoft_export.basis import chebyshev, lanczos, solver, tall_matrix
+from psoft_export.basis.certificate import Found, measured, rayleigh_ritz
 from psoft_export.basis.chebyshev import chebyshev_space
+from psoft_export.basis.refinement import refined
 from psoft_export.basis.solver import Solution, leading_triplets
-from psoft_export.basis.space import Space
+from psoft_export.basis.space import TOLERANCE, RitzPairs, Space
 from psoft_export.basis.svd import Triplets
 from psoft_export.basis.tall_matrix import TallMatrix, Workspace
 from tests import models
@@ -98,7 +102,7 @@ def test_triplets_are_those_of_a_float64_svd(shape: tuple[int, int], spectrum: s
 def test_so_are_those_of_the_method_for_gpus(
     shape: tuple[int, int], spectrum: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(solver, "lanczos_space", lambda matrix, rank, *_: _on_gpus(matrix, rank))
+    monkeypatch.setattr(solver, "lanczos_spaces", lambda matrix, rank, *_: _on_gpus(matrix, rank))
     monkeypatch.setattr(solver, "_SMALL_SIDE", 100)
     weight = matrix(*shape, SPECTRA[spectrum](min(shape)))
     for rank in (8, 40):
@@ -108,8 +112,8 @@ def test_so_are_those_of_the_method_for_gpus(
         assert (solution.certificate.method == "chebyshev") != falls_back
 
 
-def _on_gpus(matrix: TallMatrix, rank: int) -> Space | None:
-    return chebyshev_space(matrix, rank)
+def _on_gpus(matrix: TallMatrix, rank: int) -> list[Space]:
+    return [space] if (space := chebyshev_space(matrix, rank)) is not None else []
 
 
 def test_a_filter_that_leads_nowhere_gives_up() -> None:
@@ -145,6 +149,7 @@ def test_real_weights() -> None:
 def test_the_fast_method_is_used_where_it_pays_and_left_where_it_does_not() -> None:
     methods = {
         (1100, 1500, "decaying"): "block-lanczos",
+        (1100, 1500, "flat"): "mixed-lanczos",
         (384, 384, "decaying"): "gram",
     }
     for (rows, columns, spectrum), method in methods.items():
@@ -176,20 +181,76 @@ def test_nothing_at_all() -> None:
 def test_what_cannot_be_certified_goes_to_the_full_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = matrix(700, 640, decaying(640))
     wanted = leading_triplets(weight, 16)
-    certified = solver._certificate
+    certified = solver.rayleigh_ritz
 
-    def doubt(*arguments: object) -> object:
-        found = certified(*arguments)  # type: ignore[arg-type]
-        return found if found.method == "svd" else _worse(found)
+    def doubt(*arguments: Any) -> Found:
+        found = certified(*arguments)
+        worse = replace(found.certificate, vector_error=1e-3, residual=1e-3)
+        return replace(found, certificate=worse)
 
-    monkeypatch.setattr(solver, "_certificate", doubt)
+    monkeypatch.setattr(solver, "rayleigh_ritz", doubt)
     solution = leading_triplets(weight, 16)
     assert solution.certificate.method == "svd" and wanted.certificate.method == "block-lanczos"
     check(weight, 16, solution)
 
 
-def _worse(certificate: solver.Certificate) -> solver.Certificate:
-    return replace(certificate, vector_error=1e-3, residual=1e-3)
+def flat_but_close(count: int) -> Tensor:
+    """A hundred values so close that float32 cannot tell where the leading ones end."""
+    values = torch.linspace(0.5, 0.1, count).double()
+    values[:100] = torch.linspace(1, 1 - 1e-6, 100).double()
+    return values
+
+
+def flat_above_little(count: int) -> Tensor:
+    """A flat top, and all others, of which some are wanted, within float32's rounding of it."""
+    values = 1e-4 * flat(count)
+    values[:14] = torch.linspace(1, 0.999, 14).double()
+    return values
+
+
+@pytest.mark.parametrize("values", [flat_but_close, flat_above_little])
+def test_what_float32_cannot_find_is_found_in_float64(
+    values: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanczos, "_SETTLED", 0.0)  # every spectrum is tried in float32
+    weight = matrix(1100, 1500, values(1100))
+    solution = leading_triplets(weight, 40)
+    assert solution.certificate.method != "mixed-lanczos"
+    check(weight, 40, solution)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_flat_spectra_of_any_size(scale: float) -> None:
+    weight = scale * matrix(1100, 1500, flat(1100))
+    solution = leading_triplets(weight, 24)
+    in_range = 1e-20 < scale < 1e20
+    assert solution.certificate.method == ("mixed-lanczos" if in_range else "block-lanczos")
+    check(weight, 24, solution)
+
+
+def test_each_round_of_refinement_adds_digits_until_the_vectors_are_right() -> None:
+    weight = matrix(700, 640, flat(640))
+    held = TallMatrix(weight, Workspace())
+    left, _, _ = torch.linalg.svd(weight.double().T)
+    exact = left.T[:60]
+    rough = torch.linalg.qr((exact + 1e-3 * torch.randn(exact.shape) / 640**0.5).T)[0].T
+    before = rayleigh_ritz(held, rough[:36].contiguous(), 20, "mixed-lanczos")
+    assert 1e-4 < before.certificate.vector_error < 1
+    following = RitzPairs(torch.exp(-torch.arange(36, 60) / 500.0), rough[36:].float())
+    found = refined(held, before, 20, following)
+    assert found.certificate.vector_error <= TOLERANCE
+    distance = found.near[:20] - (found.near[:20] * exact[:20]).sum(1, keepdim=True) * exact[:20]
+    assert float(distance.norm(dim=1).max()) <= 4 * TOLERANCE
+
+
+def test_refinement_that_leads_nowhere_stops() -> None:
+    """Vectors that are no Ritz vectors of the leading end: λ − G is not definite."""
+    weight = matrix(700, 640, flat(640))
+    held = TallMatrix(weight, Workspace())
+    rows = torch.linalg.qr(torch.randn(640, 60, dtype=torch.float64))[0].T
+    before = rayleigh_ritz(held, rows[:36].contiguous(), 20, "mixed-lanczos")
+    following = RitzPairs(torch.linspace(0.2, 0.1, 24), rows[36:].float())
+    assert not refined(held, before, 20, following).certificate.accepted
 
 
 @pytest.mark.parametrize("part", ["vectors", "values"])
@@ -198,21 +259,24 @@ def test_the_certificate_sees_a_wrong_vector(part: str) -> None:
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     near, far, sigma = left.T[:32].clone(), right[:32].clone(), values[:32].clone()
     held = TallMatrix(weight, Workspace())
-    assert solver._certificate(held, near, sigma, far, 16, "svd", 0).accepted
+    assert measured(held, near, sigma, far, 16, "svd").certificate.accepted
     if part == "vectors":  # 1e-6 radians out of the subspace, both sides to match
         near[5] += 1e-6 * left.T[100]
         far[5] += 1e-6 * right[100]
     else:
         sigma[5] *= 1 + 1e-6
-    assert not solver._certificate(held, near, sigma, far, 16, "svd", 0).accepted
+    assert not measured(held, near, sigma, far, 16, "svd").certificate.accepted
 
 
 @pytest.mark.parametrize("shape", [(300, 410), (410, 300)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wide", [False, True])
 def test_products_with_tiles_are_those_of_the_whole(
-    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tall_matrix, "_WIDE_RESULTS", wide)
     monkeypatch.setattr(tall_matrix, "_TILE_ROWS", 37)
+    monkeypatch.setattr(tall_matrix, "_ROUGH_TILE_ROWS", 53)
     monkeypatch.setattr(tall_matrix, "_GRAM_COLUMNS", 41)
     weight = torch.randn(shape).to(dtype)
     short = weight.double() if shape[0] < shape[1] else weight.double().T
@@ -228,6 +292,10 @@ def test_products_with_tiles_are_those_of_the_whole(
     pairs.append((held.gram_product(near), near @ short @ short.T))  # by the Gram matrix now
     for found, wanted in pairs:
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    rough = held.gram(torch.float32)
+    torch.testing.assert_close(rough.double(), short @ short.T, rtol=1e-5, atol=1e-4)
+    assert held.gram_product(near.float()).dtype == torch.float32
+    torch.testing.assert_close(held.gram_product(near.float()).T, rough @ near.float().T)
 
 
 @pytest.mark.parametrize("shape", [(640, 600), (600, 640), (620, 620)])

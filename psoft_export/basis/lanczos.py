@@ -1,60 +1,74 @@
 """Block Lanczos on the Gram matrix of the short side: the way to a leading space on a CPU.
 
-In float64 throughout, with full orthogonalisation and no restart. Why: `docs/solver.md`.
+With full orthogonalisation and no restart; in float64, but on flat spectra, which need many
+vectors, first in float32, for a space that is to be refined. Why: `docs/solver.md`.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from psoft_export.basis.space import EPS, TOLERANCE, Space, random_rows
+from psoft_export.basis.space import TOLERANCE, RitzPairs, Space, random_rows
 from psoft_export.basis.tall_matrix import TallMatrix, Workspace
 
 _BLOCK = 16
 _SHARE = 0.6  # of the short side; a larger space costs more than the whole spectrum
-_MIDDLE_SIDE = 1536  # below, a space of half that size costs about as much: it must be promising
-_PROMISING = 1e-2
-_CROWDED = 1e-8
-_EARLY = 6 * _BLOCK  # columns by which the first vector has settled, but where many are needed
-_SETTLED = 1e-2  # residual of the first vector, relative to its value
-_SWEEP_ROWS = 128  # of the basis: in float64 they stay in a processor's caches
+_COLUMNS = 3  # for each vector kept: the fewest in which the wanted ones may have converged
+_EARLY = 4 * _BLOCK  # columns by which the first vector has settled, but where many are needed
+_SETTLED = 5e-2  # residual of the first vector, relative to its value
+_SWEEP_ROWS = 128  # of the basis: they stay in a processor's caches
+_ROUGH_RANGE = (2.0**-90, 2.0**100)  # of the first value: products with it stay in float32's
 
 
-def lanczos_space(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) -> Space | None:
-    """The leading `kept` Ritz vectors of the Gram matrix, or None where it does not converge.
+@dataclass(frozen=True)
+class _Precision:
+    """How a Krylov space is grown, and until when.
 
-    Stops when the first `rank` of them are within `TOLERANCE` by their residuals, and gives up
-    on short sides below `_MIDDLE_SIDE` where half the room leaves an error above `_PROMISING`.
+    Attributes:
+        dtype: of the vectors and the products.
+        tolerance: of the vectors wanted, as an angle.
+        crowded: values closer than this, relative to the first, may be one.
+        resolved: the least distance from the last value wanted to the last one kept, likewise.
+        first_look: columns at the first look, besides `_COLUMNS` for each vector kept.
     """
-    limit = int(_SHARE * matrix.size) // _BLOCK * _BLOCK
-    midway = limit // 2 if matrix.size < _MIDDLE_SIDE else limit
-    schedule = _Schedule(first=3 * kept)
-    if schedule.next > midway:
-        return None
-    krylov = _KrylovSpace(matrix, limit, memory)
-    while krylov.columns + _BLOCK <= limit:
+
+    dtype: torch.dtype
+    tolerance: float
+    crowded: float
+    resolved: float
+    first_look: int
+
+
+_EXACT = _Precision(torch.float64, TOLERANCE, crowded=1e-8, resolved=0.0, first_look=0)
+_ROUGH = _Precision(torch.float32, 1e-3, crowded=1e-5, resolved=1e-4, first_look=256)
+
+
+def lanczos_spaces(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) -> Iterator[Space]:
+    """Spaces of the leading `kept` Ritz vectors of the Gram matrix, where they converge.
+
+    Of a flat spectrum first one found in float32, to be refined. Else, or if the next is asked
+    for, one whose first `rank` vectors are within `TOLERANCE` by their residuals.
+    """
+    room = int(_SHARE * matrix.size) // _BLOCK * _BLOCK
+    if _COLUMNS * kept > room:
+        return
+    krylov = _KrylovSpace(matrix, room, memory)
+    while krylov.columns < _EARLY and not krylov.is_exhausted:
         krylov.grow()
-        columns = krylov.columns
-        if columns == _EARLY:
-            first = krylov.ritz(1)
-            if float(first.residuals[0]) > _SETTLED * float(first.values[0]):
-                matrix.gram()  # to be used from now on
-        if columns < schedule.next and not krylov.is_exhausted:
-            continue
-        if columns <= kept:
-            if krylov.is_exhausted:
-                return None  # W has fewer directions than asked for
-            continue
-        ritz = krylov.ritz(rank)
-        error = float((ritz.residuals / (ritz.values[:rank] - ritz.values[kept - 1])).max())
-        if krylov.is_exhausted or error <= TOLERANCE:
-            return None if _crowded(ritz.values[:kept]) else krylov.space(ritz.turn[:, :kept])
-        if columns >= midway and error > _PROMISING:
-            return None
-        schedule.update(columns, error)
-    return None
+    first = krylov.ritz(1)
+    largest = float(first.values[0])
+    if float(first.residuals[0]) > _SETTLED * largest:
+        if _ROUGH_RANGE[0] < largest < _ROUGH_RANGE[1]:
+            krylov.round_to_float32(memory)
+            yield from _converged(krylov, rank, kept)
+            if krylov.is_full:
+                return  # float64 would need as many
+            krylov = _KrylovSpace(matrix, room, memory)
+        matrix.gram()  # to be used from now on
+    yield from _converged(krylov, rank, kept)
 
 
 @dataclass(frozen=True)
@@ -77,18 +91,36 @@ class _KrylovSpace:
 
     Attributes:
         columns: how many vectors there are.
+        room: how many there may be.
+        precision: float64's, or float32's from some block on.
         is_exhausted: whether the Gram matrix leads nowhere outside of them.
     """
 
-    def __init__(self, matrix: TallMatrix, limit: int, memory: Workspace) -> None:
-        """Take memory for `limit` vectors; there are none yet."""
+    def __init__(self, matrix: TallMatrix, room: int, memory: Workspace) -> None:
+        """Take memory for `room` vectors; there are none yet."""
         self.columns = 0
+        self.room = room
+        self.precision = _EXACT
         self.is_exhausted = False
         self._matrix = matrix
-        self._basis = memory.take("basis", limit, matrix.size, matrix.device)
-        self._projected = torch.zeros(limit, limit, dtype=torch.float64)
+        self._basis = memory.take("basis", room, matrix.size, matrix.device)
+        self._projected = torch.zeros(room, room, dtype=torch.float64)
         self._block = random_rows(_BLOCK, matrix.size, matrix.device)
         self._coupling = torch.zeros(_BLOCK, _BLOCK, dtype=torch.float64)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another block."""
+        return self.columns + _BLOCK > self.room
+
+    def round_to_float32(self, memory: Workspace) -> None:
+        """Go on in float32, with the Gram matrix."""
+        self.precision, exact = _ROUGH, self._basis
+        dtype = self.precision.dtype
+        self._basis = memory.take("basis", self.room, self._matrix.size, exact.device, dtype)
+        self._basis[: self.columns] = exact[: self.columns]
+        self._block = self._block.to(dtype)
+        self._matrix.gram(dtype)
 
     def grow(self) -> None:
         """Take in the next block, and find the one after it."""
@@ -100,9 +132,10 @@ class _KrylovSpace:
         for start in range(0, self.columns, _SWEEP_ROWS):
             self._take_away(image, start, min(self.columns, start + _SWEEP_ROWS))
         orthonormal, triangle = torch.linalg.qr(image.T)
-        self._block, self._coupling = orthonormal.contiguous().T, triangle.cpu()
+        self._block, self._coupling = orthonormal.contiguous().T, triangle.to(self._coupling)
         smallest = float(self._coupling.diagonal().abs().min())
-        self.is_exhausted = smallest <= EPS * float(self._projected[0, 0]) * self._matrix.size
+        rounding = torch.finfo(self.precision.dtype).eps * self._matrix.size
+        self.is_exhausted = smallest <= rounding * float(self._projected[0, 0])
 
     def _take_away(self, image: Tensor, start: int, end: int) -> None:
         """Make the newest image orthogonal to some of the vectors, and keep what was along them."""
@@ -114,34 +147,72 @@ class _KrylovSpace:
     def ritz(self, count: int) -> _Ritz:
         """The eigenproblem within the space, with the residuals of the first `count`."""
         lower = self._projected[: self.columns, : self.columns].tril()
-        values, turn = torch.linalg.eigh(lower + lower.tril(-1).T)
-        values, turn = values.flip(0), turn.flip(1)
+        values, turn = torch.linalg.eigh((lower + lower.tril(-1).T).to(self.precision.dtype))
+        values, turn = values.flip(0).double(), turn.flip(1).double()
         outwards = self._coupling @ turn[self.columns - _BLOCK :, :count]
         return _Ritz(values, turn, torch.linalg.vector_norm(outwards, dim=0))
 
-    def space(self, turn: Tensor) -> Space:
-        """What some columns of `_Ritz.turn` stand for."""
-        vectors = turn.T.to(self._basis.device) @ self._basis[: self.columns]
-        return Space(vectors, "block-lanczos", self.columns)
+    def space(self, ritz: _Ritz, rank: int, kept: int) -> Space:
+        """The first `kept` Ritz vectors, to be refined by the next `rank` if found in float32."""
+        if self.precision is _EXACT:
+            vectors = self._vectors(ritz.turn[:, :kept])
+            return Space(vectors, "block-lanczos", self.columns)
+        vectors = self._vectors(ritz.turn[:, : kept + rank])
+        following = RitzPairs(ritz.values[kept : kept + rank].to(vectors), vectors[kept:])
+        orthonormal = torch.linalg.qr(vectors[:kept].T.to(torch.float64))[0].T
+        return Space(orthonormal, "mixed-lanczos", self.columns, following)
+
+    def _vectors(self, turn: Tensor) -> Tensor:
+        """What some columns of `_Ritz.turn` stand for, in rows."""
+        return turn.T.to(self._basis) @ self._basis[: self.columns]
 
 
-def _crowded(values: Tensor) -> bool:
+def _converged(krylov: _KrylovSpace, rank: int, kept: int) -> Iterator[Space]:
+    """The space of the leading Ritz vectors once the first `rank` are as exact as asked for.
+
+    Nothing where they do not converge within the room; on short sides below `_MIDDLE_SIDE` where
+    half of it leaves an error above `_PROMISING`; where W has fewer directions; and where there
+    may be more of those found, or float32 cannot tell them from those behind.
+    """
+    precision = krylov.precision
+    schedule = _Schedule(precision.first_look + _COLUMNS * kept, precision.tolerance)
+    while True:
+        while krylov.columns < schedule.next and not (krylov.is_full or krylov.is_exhausted):
+            krylov.grow()
+        if krylov.columns <= kept:
+            return
+        ritz = krylov.ritz(rank)
+        behind = ritz.values[:rank] - ritz.values[kept - 1]
+        if float(behind[-1]) <= precision.resolved * float(ritz.values[0]):
+            return
+        error = float((ritz.residuals / behind).max())
+        if error <= precision.tolerance or krylov.is_exhausted:
+            break
+        if krylov.is_full:
+            return
+        schedule.update(krylov.columns, error)
+    if not _crowded(ritz.values[:kept], precision):
+        yield krylov.space(ritz, rank, kept)
+
+
+def _crowded(values: Tensor, precision: _Precision) -> bool:
     """Whether as many eigenvalues as a block is wide coincide: there may be more of them.
 
     A Krylov space holds at most as many vectors of one eigenvalue as its blocks are wide. Of
-    eigenvalues closer than what a residual within `TOLERANCE` resolves, no more may show up.
+    eigenvalues closer than what a residual within the tolerance resolves, no more may show up.
     """
     first = values[: -_BLOCK + 1]
-    resolved = 16 * TOLERANCE * (first - values[-1]) + _CROWDED * values[0]
+    resolved = 16 * precision.tolerance * (first - values[-1]) + precision.crowded * values[0]
     return bool((first - values[_BLOCK - 1 :] <= resolved).any())
 
 
 class _Schedule:
     """When to look at the Ritz values next: an eigenproblem costs as much as several steps."""
 
-    def __init__(self, first: int) -> None:
-        """Look at `first` columns for the first time."""
+    def __init__(self, first: int, tolerance: float) -> None:
+        """Look at `first` columns for the first time, and until the error is within the other."""
         self.next = first
+        self._tolerance = tolerance
         self._last: tuple[int, float] | None = None
 
     def update(self, columns: int, error: float) -> None:
@@ -151,6 +222,6 @@ class _Schedule:
             before, previous = self._last
             if 0 < error < 0.3 * previous:
                 rate = math.log(previous / error) / (columns - before)
-                step = min(int(0.75 * math.log(error / TOLERANCE) / rate), columns // 3)
+                step = min(int(0.75 * math.log(error / self._tolerance) / rate), columns // 3)
         self._last = (columns, error)
         self.next = columns + max(_BLOCK, step)

@@ -6,56 +6,24 @@ measured against W afterwards, and what cannot be certified is found by the full
 methods, and what else was measured: `docs/solver.md`.
 """
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from psoft_export.basis.certificate import Certificate, Found, measured, rayleigh_ritz
 from psoft_export.basis.chebyshev import chebyshev_space
-from psoft_export.basis.lanczos import lanczos_space
-from psoft_export.basis.space import EPS, Space
+from psoft_export.basis.lanczos import lanczos_spaces
+from psoft_export.basis.refinement import refined
+from psoft_export.basis.space import Space
 from psoft_export.basis.svd import Triplets
 from psoft_export.basis.tall_matrix import TallMatrix, Workspace
 
-SOLVER = "leading-triplets/5"  # goes up whenever the bits of a result can change
+SOLVER = "leading-triplets/6"  # goes up whenever the bits of a result can change
 
-_ACCEPTED = 2.0**-24
-_RESIDUAL_FLOOR = 256 * EPS  # what float64 products leave, relative to σ₁
 _SMALL_SIDE = 512  # up to here an eigensolver of the whole Gram matrix is cheaper
 _LARGE_SHARE = 1 / 8  # r beyond this share of the short side: likewise
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What is known of a set of triplets, measured afterwards in float64 against W.
-
-    Attributes:
-        method: `block-lanczos`, `chebyshev`, `gram` or `svd`.
-        residual: the largest ‖Wᵀuᵢ − σᵢvᵢ‖ for i ≤ r (‖Wvᵢ − σᵢuᵢ‖ where W has fewer rows than
-            columns), relative to σ₁; the other of the two is zero to rounding by construction.
-        orthogonality: the largest entry of |UᵀU − I| and |VᵀV − I|.
-        vector_error: bound of the angle between a found vector and the true one, in radians,
-            turning among the found vectors themselves apart (of second order in the residual).
-        gap: the smallest distance of neighbours among σ₁ … σ_{r+1}, relative to σ₁.
-        next_value: σ_{r+1}, or 0 where there is none.
-        columns: dimension of the Krylov space; 0 for the other methods.
-    """
-
-    method: str
-    residual: float
-    orthogonality: float
-    vector_error: float
-    gap: float
-    next_value: float
-    columns: int
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the vectors are right to float32, or as right as float64 can make them."""
-        if not self.orthogonality <= _ACCEPTED:
-            return False
-        return self.vector_error <= _ACCEPTED or self.residual <= _RESIDUAL_FLOOR
 
 
 @dataclass(frozen=True)
@@ -82,84 +50,33 @@ def leading_triplets(weight: Tensor, rank: int, workspace: Workspace | None = No
     """
     memory = workspace or Workspace()
     matrix = TallMatrix(weight, memory)
-    size = matrix.size
-    kept = min(size, rank + max(16, rank // 4))
-    found = None
-    if size > _SMALL_SIDE and rank <= _LARGE_SHARE * size:
-        if weight.device.type == "cpu":
-            space = lanczos_space(matrix, rank, kept, memory)
-        else:
-            space = chebyshev_space(matrix, rank)
-        found = _certified(matrix, space, rank)
-    if found is None:
-        found = _certified(matrix, _gram(matrix, kept), rank)
-    if found is None:
-        found = _full(matrix, kept, rank)
-    near, values, far, certificate = found
-    left, right = (far.T, near) if matrix.is_tall else (near.T, far)
-    triplets = Triplets(left, values, right).truncated(rank).to(torch.float32)
-    return Solution(triplets, certificate)
+    kept = min(matrix.size, rank + max(16, rank // 4))
+    for found in _attempts(matrix, rank, kept, memory):
+        if found.certificate.accepted:
+            break
+    left, right = (found.far.T, found.near) if matrix.is_tall else (found.near.T, found.far)
+    triplets = Triplets(left, found.values, right).truncated(rank).to(torch.float32)
+    return Solution(triplets, found.certificate)
 
 
-# Below, singular vectors stand in rows: `near` (p × k) on the short side of W, `far` (p × l) on
-# the long one.
-_Found = tuple[Tensor, Tensor, Tensor, Certificate]
-
-
-def _certified(matrix: TallMatrix, space: Space | None, rank: int) -> _Found | None:
-    """The triplets within a space, or None where they cannot be certified."""
-    if space is None:
-        return None
-    # Rayleigh–Ritz: the products of `near` with W are values · far by construction.
-    orthonormal, triangle = torch.linalg.qr(matrix.to_long_side(space.vectors).T)
-    turn, values, far = torch.linalg.svd(triangle.T)
-    near, far = turn.T @ space.vectors, far @ orthonormal.T
-    certificate = _certificate(matrix, near, values, far, rank, space.method, space.columns)
-    return (near, values, far, certificate) if certificate.accepted else None
-
-
-def _full(matrix: TallMatrix, kept: int, rank: int) -> _Found:
+def _attempts(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) -> Iterator[Found]:
+    """What each method finds, the cheapest first; the last is taken as it comes."""
+    for space in _spaces(matrix, rank, kept, memory):
+        found = rayleigh_ritz(matrix, space.vectors, rank, space.method, space.columns)
+        if space.following is not None:
+            found = refined(matrix, found, rank, space.following)
+        yield found
     # CUDA's own choice (Jacobi) leaves residuals above what float64 can do.
     driver = None if matrix.device.type == "cpu" else "gesvd"
     left, values, right = torch.linalg.svd(matrix.whole(), full_matrices=False, driver=driver)
-    near, values, far = left.T[:kept], values[:kept], right[:kept]
-    return near, values, far, _certificate(matrix, near, values, far, rank, "svd", 0)
+    yield measured(matrix, left.T[:kept], values[:kept], right[:kept], rank, "svd")
 
 
-def _gram(matrix: TallMatrix, kept: int) -> Space:
+def _spaces(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) -> Iterator[Space]:
+    if matrix.size > _SMALL_SIDE and rank <= _LARGE_SHARE * matrix.size:
+        if matrix.device.type == "cpu":
+            yield from lanczos_spaces(matrix, rank, kept, memory)
+        elif (space := chebyshev_space(matrix, rank)) is not None:
+            yield space
     _, vectors = torch.linalg.eigh(matrix.gram())
-    return Space(vectors.flip(1)[:, :kept].T, "gram")
-
-
-def _certificate(
-    matrix: TallMatrix,
-    near: Tensor,
-    values: Tensor,
-    far: Tensor,
-    rank: int,
-    method: str,
-    columns: int,
-) -> Certificate:
-    residual = torch.linalg.vector_norm(
-        matrix.to_short_side(far) - values[:, None] * near, dim=1
-    ).cpu()
-    sigma = values.cpu()
-    whole = len(sigma) == matrix.size
-    outside = 0.0 if whole else float(sigma[-1] + residual[-1])
-    inner = sigma[:rank]
-    distance = (inner.square() - outside**2).clamp(min=0)
-    error = torch.where(residual[:rank] > 0, residual[:rank] * inner / distance, 0.0)
-    identity = torch.eye(len(sigma), dtype=torch.float64, device=near.device)
-    skew = max(float((v @ v.T - identity).abs().max()) for v in (near, far))
-    following = float(sigma[rank]) if rank < len(sigma) else 0.0
-    steps = inner - torch.cat([inner[1:], torch.tensor([following], dtype=torch.float64)])
-    largest = float(sigma[0]) or 1.0
-    return Certificate(
-        method=method,
-        residual=float(residual[:rank].max()) / largest,
-        orthogonality=skew,
-        vector_error=float(error.nan_to_num(math.inf).max()),
-        gap=float(steps.min()) / largest,
-        next_value=following,
-        columns=columns,
-    )
+    yield Space(vectors.flip(1)[:, :kept].T, "gram")

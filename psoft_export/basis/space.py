@@ -11,16 +11,29 @@ _SEED = 20261122
 
 
 @dataclass(frozen=True)
+class RitzPairs:
+    """Eigenvectors of the Gram matrix within a space, in rows (p × k), and their values (p)."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+@dataclass(frozen=True)
 class Space:
     """Orthonormal rows (p × k, float64) that span the leading vectors on the short side of W.
 
-    `method` found them; `columns` is the dimension of the Krylov space that they come from, 0
-    where there is none.
+    Attributes:
+        vectors: the rows.
+        method: what found them.
+        columns: dimension of the Krylov space that they come from, 0 where there is none.
+        following: the Ritz pairs after them, float32, where the rows are to be refined: found
+            in float32, and right to a few digits. Else None.
     """
 
     vectors: Tensor
     method: str
     columns: int = 0
+    following: RitzPairs | None = None
 
 
 def random_rows(count: int, size: int, device: torch.device) -> Tensor:

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 _TILE_ROWS = 256  # of W: in float64 they stay in a processor's caches
+_ROUGH_TILE_ROWS = 1024  # in float32, of a product that is bound by arithmetic
 # Behind each row, in numbers: rows a power of two apart would all fall into the same few lines of
 # a cache, which costs a product a tenth of its time and more.
 _PADDING = 8
 _GRAM_COLUMNS = 512  # formed at a time: half of the products are mirrored
+# Which of its sides BLAS is given as the long one makes float64 products with few vectors twice
+# as fast: with AVX2 that of the result's columns, with AVX-512 that of its rows.
+_WIDE_RESULTS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 class Workspace:
@@ -63,25 +67,28 @@ class TallMatrix:
         else:
             kept = memory.take("weight", self.length, self.size, weight.device, dtype)
             self._values = kept.copy_(values)
-        self._step = _TILE_ROWS if on_cpu else self.length
-        narrow = dtype != torch.float64
-        self._tile = memory.take("tile", self._step, self.size, weight.device) if narrow else None
-        self._gram: Tensor | None = None
+        self._grams: dict[torch.dtype, Tensor] = {}
 
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows in float64, and which."""
-        for start in range(0, self.length, self._step):
-            rows = slice(start, min(start + self._step, self.length))
+    def _tiles(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor]]:
+        """Rows in a dtype, and which."""
+        step = self.length
+        if self.device.type == "cpu":
+            step = _TILE_ROWS if dtype == torch.float64 else _ROUGH_TILE_ROWS
+        tile = None
+        if self._values.dtype != dtype:
+            tile = self._memory.take("tile", min(step, self.length), self.size, self.device, dtype)
+        for start in range(0, self.length, step):
+            rows = slice(start, min(start + step, self.length))
             values = self._values[rows]
-            if self._tile is not None:
-                values = self._tile[: len(values)].copy_(values)
+            if tile is not None:
+                values = tile[: len(values)].copy_(values)
             yield rows, values
 
     def to_long_side(self, near: Tensor) -> Tensor:
         """Vectors in rows (p × k) → their products with W (p × l)."""
         far = torch.empty(len(near), self.length, dtype=torch.float64, device=self.device)
         for rows, values in self._tiles():
-            far[:, rows] = (values @ near.T).T
+            far[:, rows] = _products(near, values)
         return far
 
     def to_short_side(self, far: Tensor) -> Tensor:
@@ -94,30 +101,41 @@ class TallMatrix:
     def gram_product(self, near: Tensor) -> Tensor:
         """Vectors in rows (p × k) → their products with the Gram matrix of the short side.
 
-        By way of that matrix once it is formed (`gram`), which takes less time, else of W. Faster
-        of vectors that lie in columns, as the transpose of a contiguous matrix.
+        By way of that matrix once it is formed in their dtype (`gram`), which takes less time,
+        else of W, in float64. Faster of vectors that lie in columns, as the transpose of a
+        contiguous matrix.
         """
-        if self._gram is not None:
-            return (self._gram @ near.T).T
+        if near.dtype in self._grams:
+            return _products(near, self._grams[near.dtype])
         image = torch.zeros(near.shape, dtype=torch.float64, device=self.device)
         for _, values in self._tiles():
-            image.addmm_((values @ near.T).T, values)
+            image.addmm_(_products(near, values), values)
         return image
 
-    def gram(self) -> Tensor:
+    def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The Gram matrix of the short side, k × k; formed when it is first asked for."""
-        if self._gram is None:
-            total = self._memory.take("gram", self.size, self.size, self.device).zero_()
-            for _, values in self._tiles():
+        if dtype not in self._grams:
+            total = self._memory.take("gram", self.size, self.size, self.device, dtype).zero_()
+            for _, values in self._tiles(dtype):
                 for start in range(0, self.size, _GRAM_COLUMNS):  # the lower triangle, in strips
                     end = start + _GRAM_COLUMNS
                     total[start:end, :end].addmm_(values[:, start:end].T, values[:, :end])
             for start in range(0, self.size, _GRAM_COLUMNS):
                 end = start + _GRAM_COLUMNS
                 total[:start, start:end] = total[start:end, :start].T
-            self._gram = total
-        return self._gram
+            self._grams[dtype] = total
+        return self._grams[dtype]
 
     def whole(self) -> Tensor:
         """All of it as k × l, float64."""
         return self._values.to(torch.float64).T
+
+
+def _products(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Products of a few vectors (p × k) with some rows (n × k), p × n.
+
+    The same numbers to rounding either way; which way is faster depends on the kernels.
+    """
+    if vectors.dtype == torch.float64 and _WIDE_RESULTS:
+        return vectors @ rows.T
+    return (rows @ vectors.T).T
