@@ -277,7 +277,7 @@ def test_products_with_tiles_are_those_of_the_whole(
     monkeypatch.setattr(tall_matrix, "_WIDE_RESULTS", wide)
     monkeypatch.setattr(tall_matrix, "_TILE_ROWS", 37)
     monkeypatch.setattr(tall_matrix, "_ROUGH_TILE_ROWS", 53)
-    monkeypatch.setattr(tall_matrix, "_GRAM_COLUMNS", 41)
+    monkeypatch.setattr(tall_matrix, "_DIAGONAL_BLOCK", 41)
     weight = torch.randn(shape).to(dtype)
     short = weight.double() if shape[0] < shape[1] else weight.double().T
     near, far = torch.randn(5, 300).double(), torch.randn(5, 410).double()

@@ -17,7 +17,7 @@ from psoft_export.basis.tall_matrix import TallMatrix, Workspace
 _BLOCK = 16
 _SHARE = 0.6  # of the short side; a larger space costs more than the whole spectrum
 _COLUMNS = 3  # for each vector kept: the fewest in which the wanted ones may have converged
-_EARLY = 4 * _BLOCK  # columns by which the first vector has settled, but where many are needed
+_EARLY = 3 * _BLOCK  # columns by which the first vector has settled, but where many are needed
 _SETTLED = 5e-2  # residual of the first vector, relative to its value
 _SWEEP_ROWS = 128  # of the basis: they stay in a processor's caches
 _ROUGH_RANGE = (2.0**-90, 2.0**100)  # of the first value: products with it stay in float32's

@@ -10,7 +10,7 @@ _ROUGH_TILE_ROWS = 1024  # in float32, of a product that is bound by arithmetic
 # Behind each row, in numbers: rows a power of two apart would all fall into the same few lines of
 # a cache, which costs a product a tenth of its time and more.
 _PADDING = 8
-_GRAM_COLUMNS = 512  # formed at a time: half of the products are mirrored
+_DIAGONAL_BLOCK = 256  # columns of the Gram matrix; of the rest half is mirrored
 # Which of its sides BLAS is given as the long one makes float64 products with few vectors twice
 # as fast: with AVX2 that of the result's columns, with AVX-512 that of its rows.
 _WIDE_RESULTS = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -71,11 +71,12 @@ class TallMatrix:
 
     def _tiles(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor]]:
         """Rows in a dtype, and which."""
-        step = self.length
-        if self.device.type == "cpu":
-            step = _TILE_ROWS if dtype == torch.float64 else _ROUGH_TILE_ROWS
-        tile = None
-        if self._values.dtype != dtype:
+        step, tile, narrow = self.length, None, self._values.dtype != dtype
+        if self.device.type == "cpu" and dtype == torch.float64:
+            step = _TILE_ROWS
+        elif narrow:
+            step = _ROUGH_TILE_ROWS
+        if narrow:
             tile = self._memory.take("tile", min(step, self.length), self.size, self.device, dtype)
         for start in range(0, self.length, step):
             rows = slice(start, min(start + step, self.length))
@@ -116,19 +117,30 @@ class TallMatrix:
         """The Gram matrix of the short side, k × k; formed when it is first asked for."""
         if dtype not in self._grams:
             total = self._memory.take("gram", self.size, self.size, self.device, dtype).zero_()
+            blocks = list(_lower_blocks(0, self.size))
             for _, values in self._tiles(dtype):
-                for start in range(0, self.size, _GRAM_COLUMNS):  # the lower triangle, in strips
-                    end = start + _GRAM_COLUMNS
-                    total[start:end, :end].addmm_(values[:, start:end].T, values[:, :end])
-            for start in range(0, self.size, _GRAM_COLUMNS):
-                end = start + _GRAM_COLUMNS
-                total[:start, start:end] = total[start:end, :start].T
+                for rows, columns in blocks:
+                    total[rows, columns].addmm_(values[:, rows].T, values[:, columns])
+            for rows, columns in blocks:
+                if rows != columns:
+                    total[columns, rows] = total[rows, columns].T
             self._grams[dtype] = total
         return self._grams[dtype]
 
     def whole(self) -> Tensor:
         """All of it as k × l, float64."""
         return self._values.to(torch.float64).T
+
+
+def _lower_blocks(start: int, end: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of blocks, as large as can be, that cover what is not above a diagonal."""
+    if end - start <= _DIAGONAL_BLOCK:
+        yield slice(start, end), slice(start, end)
+        return
+    middle = (start + end) // 2
+    yield from _lower_blocks(start, middle)
+    yield from _lower_blocks(middle, end)
+    yield slice(middle, end), slice(start, middle)
 
 
 def _products(vectors: Tensor, rows: Tensor) -> Tensor:
