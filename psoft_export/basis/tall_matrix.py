@@ -116,11 +116,13 @@ class TallMatrix:
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The Gram matrix of the short side, k × k; formed when it is first asked for."""
         if dtype not in self._grams:
-            total = self._memory.take("gram", self.size, self.size, self.device, dtype).zero_()
+            total = self._memory.take("gram", self.size, self.size, self.device, dtype)
             blocks = list(_lower_blocks(0, self.size))
-            for _, values in self._tiles(dtype):
+            for tile, values in self._tiles(dtype):
+                added = 1 if tile.start else 0  # to what is there: at first nothing
                 for rows, columns in blocks:
-                    total[rows, columns].addmm_(values[:, rows].T, values[:, columns])
+                    block = total[rows, columns]
+                    block.addmm_(values[:, rows].T, values[:, columns], beta=added)
             for rows, columns in blocks:
                 if rows != columns:
                     total[columns, rows] = total[rows, columns].T
