@@ -20,8 +20,9 @@ from psoft_export.checkpoint.cloning import clone_file
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
 from psoft_export.checkpoint.reader import CHUNK_BYTES, file_sha256, raw, typed
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_tensor
+from psoft_export.checkpoint.uncached import WRITE_BYTES
 from psoft_export.checkpoint.write_behind import WriteBehind
-from psoft_export.checkpoint.writer import WRITE_BYTES, ShardWriter
+from psoft_export.checkpoint.writer import ShardWriter
 from psoft_export.checkpoint.written_hash import WrittenHash
 from psoft_export.device import full_precision, workers_on
 from psoft_export.errors import NonFiniteError, NotEquivalentError, OutputError
@@ -44,7 +45,8 @@ from psoft_export.verification.weights import (
 from psoft_export.weights import BaseReader
 
 _CHUNKS_AHEAD = 2
-_STRETCHES = 4  # of a file, read back side by side
+_STRETCHES = 16  # of a file, each read back as soon as it is on disk
+_READERS = 4  # of stretches, at a time
 
 
 @dataclass(frozen=True)
@@ -269,8 +271,8 @@ class _Sink(AbstractContextManager["_Sink"]):
 class _ShardSink(_Sink):
     """Receives the output's bytes in order and keeps one weight file open at a time.
 
-    A file that is complete is flushed to disk and read back while the next one is written; its
-    SHA-256 goes into `files`.
+    Files are written past the page cache and read back from the disk behind the writing, the last
+    of it while the next file is written; the SHA-256 of each goes into `files`.
     """
 
     def __init__(
@@ -281,7 +283,8 @@ class _ShardSink(_Sink):
         self._shards = {tensor.spec.name: shard for shard in shards for tensor in shard.tensors}
         self._shard: PlannedShard | None = None
         self._open: tuple[ShardWriter, WrittenHash] | None = None
-        self._pool = ThreadPoolExecutor(1 + _STRETCHES, "psoft-finish")
+        self._found: list[Future[bool]] = []
+        self._pool = ThreadPoolExecutor(1 + _READERS, "psoft-finish")
         self._complete: _CompleteFile | None = None
 
     def __enter__(self) -> "_ShardSink":
@@ -306,37 +309,48 @@ class _ShardSink(_Sink):
             specs = [planned.spec for planned in shard.tensors]
             digest = WrittenHash(sum(spec.nbytes for spec in specs), _STRETCHES)
             path = self._folder / shard.filename
-            self._open = ShardWriter(path, specs, shard.metadata, digest), digest
+            self._open = ShardWriter(path, specs, shard.metadata, digest, cached=False), digest
+            self._found = []
             self._shard = shard
         assert self._open is not None
         self._open[0].append(data)
+        self._read_back(*self._open)
+
+    def _read_back(self, writer: ShardWriter, digest: WrittenHash) -> None:
+        """Compare what came to be on disk."""
+        for stretch in digest.stretches(writer.on_disk):
+            self._found.append(self._pool.submit(stretch.reads_back, writer.path))
 
     def _finish(self) -> None:
         """Flush and read back the file at hand, once the one before it is found to be right."""
         if self._open is None:
             return
         self._compare()
-        (writer, digest), self._open = self._open, None
-        flushed = self._pool.submit(writer.close)
-        found = digest.read_back(writer.path, self._pool)
-        self._complete = _CompleteFile(writer.path.name, digest.hexdigest(), flushed, found)
+        writer, digest = self._open
+        writer.flush()
+        digest.end()
+        self._open = None
+        self._read_back(writer, digest)
+        closed = self._pool.submit(writer.close)
+        self._complete = _CompleteFile(writer.path, digest.hexdigest(), closed, self._found)
 
     def _compare(self) -> None:
         if (file := self._complete) is None:
             return
-        file.flushed.result()
-        if not all(part.result() for part in file.found):
-            raise _not_equivalent(f"{file.name} reads back as other bytes than written")
-        self._files[file.name] = file.sha256
+        size = file.closed.result()
+        same = [part.result() for part in file.found]
+        if not all(same) or file.path.stat().st_size != size:
+            raise _not_equivalent(f"{file.path.name} reads back as other bytes than written")
+        self._files[file.path.name] = file.sha256
 
 
 @dataclass(frozen=True)
 class _CompleteFile:
-    """A file on its way to disk: the SHA-256 of what was written, and whether that is there."""
+    """A file on its way to disk: SHA-256 and size of what was written, and whether it is there."""
 
-    name: str
+    path: Path
     sha256: str
-    flushed: Future[None]
+    closed: Future[int]
     found: list[Future[bool]]
 
 

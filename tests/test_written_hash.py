@@ -1,7 +1,6 @@
-"""Reading a file back in stretches says what reading it whole would say."""
+"""Reading a file back in stretches says what reading it whole would say of their bytes."""
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,12 @@ def written(stretches: int) -> WrittenHash:
     digest = WrittenHash(SIZE, stretches)
     for start in range(0, SIZE, PIECE):
         digest.update(memoryview(DATA)[start : start + PIECE])
+    digest.end()
     return digest
 
 
 def found(digest: WrittenHash, path: Path) -> list[bool]:
-    with ThreadPoolExecutor(2) as pool:
-        return [future.result() for future in digest.read_back(path, pool)]
+    return [stretch.reads_back(path) for stretch in digest.stretches(SIZE)]
 
 
 @pytest.mark.parametrize("stretches", [1, 2, 4])
@@ -33,31 +32,46 @@ def test_what_was_written_reads_back(stretches: int, tmp_path: Path) -> None:
     digest = written(stretches)
     assert digest.hexdigest() == hashlib.sha256(DATA).hexdigest()
     assert found(digest, path) == [True] * stretches
+    assert digest.stretches(SIZE) == []  # each is given once
 
 
 def test_every_byte_counts(tmp_path: Path) -> None:
-    path, digest = tmp_path / "file", written(4)
+    path = tmp_path / "file"
     for place in (0, PIECE, SIZE // 4, SIZE // 2 - 1, SIZE // 2 + PIECE, SIZE - 1):
         damaged = bytearray(DATA)
         damaged[place] ^= 1
         path.write_bytes(damaged)
-        assert found(digest, path).count(False) == 1
+        assert found(written(4), path).count(False) == 1
 
 
-@pytest.mark.parametrize("other", [DATA[:-1], DATA[: SIZE // 2], DATA + b"\0", b""])
-def test_a_file_of_another_size_does_not_read_back(other: bytes, tmp_path: Path) -> None:
+def test_stretches_are_given_once_they_are_on_disk(tmp_path: Path) -> None:
+    path, digest = tmp_path / "file", WrittenHash(SIZE, 4)
+    path.write_bytes(DATA[: SIZE // 2 + 2 * PIECE])
+    for start in range(0, SIZE // 2 + 2 * PIECE, PIECE):
+        digest.update(memoryview(DATA)[start : start + PIECE])
+    assert digest.stretches(SIZE // 4) == []
+    (first,) = digest.stretches(SIZE // 4 + PIECE)
+    (second,) = digest.stretches(SIZE // 2 + PIECE)
+    assert first.start == 0 and first.end == second.start
+    assert first.reads_back(path) and second.reads_back(path)
+    assert digest.stretches(SIZE) == []
+
+
+@pytest.mark.parametrize("other", [DATA[:-1], DATA[: SIZE // 2], b""])
+def test_a_file_that_is_too_short_does_not_read_back(other: bytes, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(other)
     assert not all(found(written(4), path))
 
 
 def test_pieces_larger_than_a_stretch(tmp_path: Path) -> None:
-    path, digest = tmp_path / "file", WrittenHash(SIZE, 4)
-    path.write_bytes(DATA)
-    digest.update(memoryview(DATA))
-    assert all(found(digest, path))
-    path.write_bytes(DATA[:-1] + b"\0")
-    assert not all(found(digest, path))
+    path = tmp_path / "file"
+    for data in (DATA, DATA[:-1] + b"\0"):
+        digest = WrittenHash(SIZE, 4)
+        digest.update(memoryview(DATA))
+        digest.end()
+        path.write_bytes(data)
+        assert all(found(digest, path)) == (data == DATA)
 
 
 def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:

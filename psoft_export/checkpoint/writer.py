@@ -10,10 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
+from psoft_export.checkpoint.uncached import WRITE_BYTES, UncachedFile
 from psoft_export.checkpoint.written_hash import WrittenHash
-
-# Of one system call. Larger ones took the kernel two to five times as long (ext4, Linux).
-WRITE_BYTES = 128 * 2**10
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,19 @@ class ShardWriter:
         specs: Iterable[TensorSpec],
         metadata: Mapping[str, str],
         digest: "hashlib._Hash | WrittenHash | None" = None,
+        *,
+        cached: bool = True,
     ) -> None:
-        """Create the file and write its header; `digest` is fed every byte on the way."""
+        """Create the file and write its header.
+
+        Args:
+            path: where; nothing may be there.
+            specs: the tensors.
+            metadata: of the header.
+            digest: fed every byte on the way.
+            cached: whether the file is to be in the system's page cache; else it goes past it
+                where that can be done, and its header is final.
+        """
         self._specs = list(specs)
         start = header(self._specs, metadata)
         self.path = path
@@ -76,8 +85,13 @@ class ShardWriter:
         self._expected = len(start) + sum(spec.nbytes for spec in self._specs)
         self._written = 0
         self._digest = digest
-        self._handle = path.open("xb", buffering=0)
+        self._file = path.open("xb", buffering=0) if cached else UncachedFile(path)
         self._write(memoryview(start))
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes that can be read from the file."""
+        return self._file.on_disk if isinstance(self._file, UncachedFile) else self._written
 
     def append(self, data: Tensor) -> None:
         """Write the next bytes (a flat uint8 tensor on the CPU)."""
@@ -88,10 +102,16 @@ class ShardWriter:
         start = header(self._specs, metadata)
         if len(start) != self._header_bytes:
             raise RuntimeError(f"{self.path}: the new header has another length; a bug")
-        os.pwrite(self._handle.fileno(), start, 0)
+        if isinstance(self._file, UncachedFile):
+            raise RuntimeError(f"{self.path}: the header is final; a bug")
+        os.pwrite(self._file.fileno(), start, 0)
 
-    def close(self, *, durable: bool = True) -> None:
-        """Close the file, flushed to disk where it is to be durable.
+    def flush(self) -> None:
+        """Let all bytes so far be read from the file; none follow."""
+        self._file.flush()
+
+    def close(self, *, durable: bool = True) -> int:
+        """Close the file, flushed to disk where it is to be durable; returns its size.
 
         Raises:
             RuntimeError: not every byte that the header announces was written.
@@ -101,18 +121,20 @@ class ShardWriter:
                 raise RuntimeError(
                     f"{self.path}: wrote {self._written} of {self._expected} bytes; a bug"
                 )
+            self.flush()
             if durable:
-                os.fsync(self._handle.fileno())
+                os.fsync(self._file.fileno())
         finally:
-            self._handle.close()
+            self._file.close()
+        return self._written
 
     def abandon(self) -> None:
         """Close the file, whatever state it is in."""
-        self._handle.close()
+        self._file.close()
 
     def _write(self, data: memoryview) -> None:
         while data:
-            count = self._handle.write(data[:WRITE_BYTES])
+            count = self._file.write(data[:WRITE_BYTES])
             if self._digest is not None:
                 self._digest.update(data[:count])
             self._written += count

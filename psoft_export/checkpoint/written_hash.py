@@ -1,43 +1,36 @@
 """SHA-256 of a file as it is written, which several threads compare with what is on disk."""
 
 import hashlib
-import os
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
-from psoft_export.checkpoint.safetensors_file import read_fully
+from psoft_export.checkpoint.uncached import UncachedReader
 from psoft_export.errors import OutputError
 
 _READ_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """Bytes of a file of `size`; the hash of all that is before them, and of all to their end."""
+class Stretch:
+    """Bytes of a file; the hash of all that is before them, and of all to their end."""
 
-    size: int
     start: int
     end: int
     before: "hashlib._Hash"
     after: "hashlib._Hash"
 
     def reads_back(self, path: Path) -> bool:
-        """Whether the file at `path` is of that size and holds what was written here.
+        """Whether the file at `path` holds there what was written, by the disk's word if it can be.
 
         Raises:
             OutputError: it cannot be read.
         """
-        found, buffer = self.before.copy(), memoryview(bytearray(_READ_BYTES))
+        found = self.before.copy()
         try:
             with path.open("rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size != self.size:
-                    return False
+                reader = UncachedReader(file.fileno(), _READ_BYTES)
                 for start in range(self.start, self.end, _READ_BYTES):
-                    piece = buffer[: self.end - start]
-                    read_fully(file.fileno(), piece, start)
-                    found.update(piece)
+                    found.update(reader.read(start, min(_READ_BYTES, self.end - start)))
         except EOFError:
             return False
         except OSError as cause:
@@ -48,8 +41,8 @@ class _Stretch:
 class WrittenHash:
     """SHA-256 of bytes in order, which keeps its state on the way.
 
-    A hash goes on from any of its states, so that stretches of the file can be read back side by
-    side; together they say as much as the hash of the whole.
+    A hash goes on from any of its states, so that stretches of the file can be read back as they
+    are on disk, and side by side; together they say as much as the hash of the whole.
     """
 
     def __init__(self, size: int, stretches: int) -> None:
@@ -63,6 +56,7 @@ class WrittenHash:
         self._hash = hashlib.sha256()
         self._count = 0
         self._states = [(0, self._hash.copy())]
+        self._given = 0
 
     def update(self, data: memoryview) -> None:
         """Take the next bytes."""
@@ -76,16 +70,15 @@ class WrittenHash:
         """The hash of all bytes so far, in hexadecimal."""
         return self._hash.hexdigest()
 
-    def read_back(self, path: Path, pool: Executor) -> list[Future[bool]]:
-        """Compare the file at `path` with all bytes so far, each stretch in a thread of `pool`.
+    def stretches(self, until: int) -> list[Stretch]:
+        """Those that were not given yet and end at byte `until` or before."""
+        given = []
+        while self._given + 1 < len(self._states) and self._states[self._given + 1][0] <= until:
+            (start, before), (end, after) = self._states[self._given : self._given + 2]
+            given.append(Stretch(start, end, before, after))
+            self._given += 1
+        return given
 
-        Returns:
-            For each stretch whether that is so; the file holds these bytes, and no others, where
-            it is so for all.
-        """
-        states = [*self._states, (self._count, self._hash.copy())]
-        stretches = [
-            _Stretch(self._count, start, end, before, after)
-            for (start, before), (end, after) in pairwise(states)
-        ]
-        return [pool.submit(stretch.reads_back, path) for stretch in stretches]
+    def end(self) -> None:
+        """Let the last stretch end with the last byte so far."""
+        self._states.append((self._count, self._hash.copy()))
