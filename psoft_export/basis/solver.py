@@ -1,9 +1,9 @@
 """The leading singular triplets of a weight, found without a full SVD, with a certificate.
 
 Block Lanczos on a CPU and filtered subspace iteration on a GPU, both on the Gram matrix of the
-short side and in float64 throughout; small problems go to an eigensolver instead. What is found is
-measured against W afterwards, and what cannot be certified is found by the full SVD. Why these
-methods, and what else was measured: `docs/solver.md`.
+short side; small problems go to an eigensolver instead. In float64, or found in float32 and then
+refined. What is found is measured against W in float64, and what cannot be certified is found by
+the full SVD. Why these methods, and what else was measured: `docs/solver.md`.
 """
 
 from collections.abc import Iterator

@@ -11,8 +11,8 @@ _ROUGH_TILE_ROWS = 1024  # in float32, of a product that is bound by arithmetic
 # a cache, which costs a product a tenth of its time and more.
 _PADDING = 8
 _DIAGONAL_BLOCK = 256  # columns of the Gram matrix; of the rest half is mirrored
-# Which of its sides BLAS is given as the long one makes float64 products with few vectors twice
-# as fast: with AVX2 that of the result's columns, with AVX-512 that of its rows.
+# With AVX2 alone, MKL multiplies few float64 vectors twice as fast where the long side of the
+# result is that of its columns; with AVX-512 it is fast the other way.
 _WIDE_RESULTS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
