@@ -1,4 +1,7 @@
-"""W as the solver multiplies by it: longer side in rows, products in float64, memory kept."""
+"""W as the solver multiplies by it: longer side in rows, memory kept.
+
+Products are in float64, but for those with a Gram matrix that is formed in float32.
+"""
 
 from collections.abc import Iterator
 
@@ -46,7 +49,7 @@ class Workspace:
 
 
 class TallMatrix:
-    """W with its longer side (l) in rows and its shorter (k) in columns, and products in float64.
+    """W with its longer side (l) in rows and its shorter (k) in columns, and products with it.
 
     On a CPU it stays in its own dtype, where it lies if its longer side is in rows, and is made
     float64 a tile at a time: less memory to read, and a tile that serves both products with W
@@ -57,15 +60,13 @@ class TallMatrix:
         """Take W, which must not change meanwhile."""
         self.is_tall = weight.shape[0] >= weight.shape[1]
         values = weight if self.is_tall else weight.T
-        on_cpu = weight.device.type == "cpu"
-        dtype = weight.dtype if on_cpu else torch.float64
         self.length, self.size = values.shape
         self.device = weight.device
         self._memory = memory
-        if dtype == weight.dtype and values.is_contiguous():
-            self._values = values
+        if weight.device.type == "cpu":
+            self._values = values.contiguous()
         else:
-            kept = memory.take("weight", self.length, self.size, weight.device, dtype)
+            kept = memory.take("weight", self.length, self.size, weight.device)
             self._values = kept.copy_(values)
         self._grams: dict[torch.dtype, Tensor] = {}
 
@@ -114,7 +115,7 @@ class TallMatrix:
         return image
 
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The Gram matrix of the short side, k × k; formed when it is first asked for."""
+        """The Gram matrix of the short side, k × k; formed when a dtype is first asked for."""
         if dtype not in self._grams:
             total = self._memory.take("gram", self.size, self.size, self.device, dtype)
             blocks = list(_lower_blocks(0, self.size))
