@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from psoft_export.algebra.merged_weight import low_rank_factors
 from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
 from psoft_export.algebra.rotation import generator_size
 from psoft_export.algebra.rotation import rotation as merging_rotation
-from psoft_export.checkpoint.written_hash import WrittenHash
+from psoft_export.checkpoint.written_hash import Stretch
 from psoft_export.cli.main import run
 from psoft_export.errors import (
     CheckpointError,
@@ -318,17 +317,17 @@ def test_a_wrong_product_in_the_merge_leaves_nothing(
 def test_bytes_that_change_on_disk_leave_nothing(
     shard_size: str | None, damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_back_damaged(self: WrittenHash, path: Path, pool: Executor) -> list[Future[bool]]:
+    def read_back_damaged(self: Stretch, path: Path) -> bool:
         if damaged in path.name:
             with path.open("r+b") as file:
-                file.seek(-5, 2)
+                file.seek(self.end - 5)
                 byte = file.read(1)
-                file.seek(-5, 2)
+                file.seek(self.end - 5)
                 file.write(bytes([byte[0] ^ 1]))
-        return read_back(self, path, pool)
+        return reads_back(self, path)
 
-    read_back = WrittenHash.read_back
-    monkeypatch.setattr(WrittenHash, "read_back", read_back_damaged)
+    reads_back = Stretch.reads_back
+    monkeypatch.setattr(Stretch, "reads_back", read_back_damaged)
     words = rf"model{damaged}.*safetensors reads back as other bytes"
     with pytest.raises(NotEquivalentError, match=words):
         psoft_export.merge(
