@@ -151,6 +151,7 @@ def _products(vectors: Tensor, rows: Tensor) -> Tensor:
 
     The same numbers to rounding either way; which way is faster depends on the kernels.
     """
-    if vectors.dtype == torch.float64 and _WIDE_RESULTS:
+    is_wide = _WIDE_RESULTS and vectors.device.type == "cpu" and vectors.dtype == torch.float64
+    if is_wide:
         return vectors @ rows.T
     return (rows @ vectors.T).T
