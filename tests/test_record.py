@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -104,13 +105,15 @@ def test_signs_give_the_same_weights_to_the_stated_bound(
     adapter = bundled(name, tmp_path / "adapter")
     report, here = merged(adapter, tmp_path / "here")
     assert not report.manifest["warnings"]
-    pretend(MACHINES[machine], monkeypatch)
+    there_svd = Mock(wraps=MACHINES[machine])
+    pretend(there_svd, monkeypatch)
     _, there = merged(adapter, tmp_path / "there")
     apart = deviations(report, here, there)
     for module, (deviation, figures) in apart.items():
         bound = figures.basis_uncertainty + 2 * figures.relative_rounding
         assert deviation <= bound < 1e-2, module
-    assert max(deviation for deviation, _ in apart.values()) > 0, "it is another SVD"
+    # Not that the weights differ: two SVDs in float64 may round to the very same vectors.
+    assert there_svd.call_count == len(apart), "it is another SVD"
 
 
 @pytest.mark.parametrize("machine", MACHINES)
