@@ -170,9 +170,8 @@ class _KrylovSpace:
 def _converged(krylov: _KrylovSpace, rank: int, kept: int) -> Iterator[Space]:
     """The space of the leading Ritz vectors once the first `rank` are as exact as asked for.
 
-    Nothing where they do not converge within the room; on short sides below `_MIDDLE_SIDE` where
-    half of it leaves an error above `_PROMISING`; where W has fewer directions; and where there
-    may be more of those found, or float32 cannot tell them from those behind.
+    Nothing where they do not converge within the room, where W has fewer directions, and where
+    there may be more of those found, or float32 cannot tell them from those behind.
     """
     precision = krylov.precision
     schedule = _Schedule(precision.first_look + _COLUMNS * kept, precision.tolerance)

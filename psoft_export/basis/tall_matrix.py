@@ -151,7 +151,6 @@ def _products(vectors: Tensor, rows: Tensor) -> Tensor:
 
     The same numbers to rounding either way; which way is faster depends on the kernels.
     """
-    is_wide = _WIDE_RESULTS and vectors.device.type == "cpu" and vectors.dtype == torch.float64
-    if is_wide:
+    if _WIDE_RESULTS and vectors.device.type == "cpu" and vectors.dtype == torch.float64:
         return vectors @ rows.T
     return (rows @ vectors.T).T

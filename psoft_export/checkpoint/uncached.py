@@ -57,7 +57,6 @@ class UncachedFile:
     def close(self) -> None:
         """Close it, whatever state it is in."""
         self._handle.close()
-        self._buffer.close()
 
     def _empty(self, count: int) -> None:
         """Write the first bytes of the buffer, and move the rest to its start."""

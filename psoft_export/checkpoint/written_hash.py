@@ -20,7 +20,7 @@ class Stretch:
     after: "hashlib._Hash"
 
     def reads_back(self, path: Path) -> bool:
-        """Whether the file at `path` holds there what was written, by the disk's word if it can be.
+        """Whether the file at `path` holds there what was written; read past the page cache.
 
         Raises:
             OutputError: it cannot be read.
