@@ -90,9 +90,10 @@ def test_an_error_of_the_disk_is_raised(tmp_path: Path, monkeypatch: pytest.Monk
     file = UncachedFile(tmp_path / "file")
     file.write(memoryview(DATA)[:5000])
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as info:
         file.flush()
-    file.close()
+    file.close()  # while the error, and all that it holds, is still there
+    assert info.value.errno == errno.ENOSPC
 
 
 def test_it_does_not_replace_what_is_there(tmp_path: Path) -> None:

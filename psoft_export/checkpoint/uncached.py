@@ -1,8 +1,8 @@
 """Files past the operating system's page cache, where the file system has a way past it.
 
 A checkpoint that is written once, and read back once to see that it is there, gains nothing from
-that cache, and to fill it costs a processor more than all else that is done with the bytes: the
-kernel takes fresh memory for it page by page (docs/benchmarks.md).
+that cache, and filling it is slow where the kernel takes fresh memory for it page by page
+(docs/benchmarks.md).
 """
 
 import errno
