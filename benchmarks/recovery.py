@@ -6,6 +6,7 @@ signs found, with the true ones, and with none (the base).
 
     python -m benchmarks.recovery            # the first table of docs/recovery.md, an hour
     python -m benchmarks.recovery --study    # and all else that is there: hours
+    python -m benchmarks.recovery --device cuda
 
 Each result is kept as soon as it is measured, and a case that is kept is not run again. The study
 trains adapters of other ranks and angles (`examples/train.py`) and draws its results
@@ -85,6 +86,7 @@ class Case:
         seed: of the planted signs and the search.
         text: the adapter whose task the text is of; empty: its own.
         dtype: in which the model computes.
+        device: on which.
     """
 
     adapter: str
@@ -94,6 +96,7 @@ class Case:
     seed: int = 0
     text: str = ""
     dtype: str = "bf16"
+    device: str = "cpu"
 
     @property
     def corpus(self) -> str:
@@ -207,12 +210,12 @@ def _measured_in(folder: Path, case: Case) -> Result:
         seed=case.seed,
         random_start=case.start == "random",
         readings=["cpu", "cpu-float64", "cpu-transposed"] if case.start == "numpy" else None,
-        device="cpu",
+        device=case.device,
         dtype=case.dtype,
         cache=False,
     )
     seconds = time.monotonic() - began
-    right = torch.cat(list(right_signs(original, planted, dict(report.signs)).values()))
+    right = torch.cat(list(right_signs(base, original, planted, dict(report.signs)).values()))
     settled = torch.cat(list(report.evidence.values())) >= SETTLED
     loaded = psoft_export.load_adapter(original)
     assert isinstance(loaded, SubspaceAdapter)
@@ -271,21 +274,21 @@ def _planted(case: Case, adapter: Path) -> dict[str, Tensor]:
 def rows(results: Sequence[Result]) -> Iterator[str]:
     """A table of results, as Markdown."""
     yield (
-        "| adapter | r | angle | signs of | text, KB | steps | seed | dtype | verdict | right | "
-        "right of settled | settled | found again | base | true signs | found | above true | "
-        "text prefers found, nats | minutes | memory, GB |"
+        "| adapter | r | angle | signs of | text, KB | steps | seed | dtype | device | verdict | "
+        "right | right of settled | settled | found again | base | true signs | found | "
+        "above true | text prefers found, nats | minutes | memory, GB |"
     )
-    yield "| --- | --: | --: | --- | --: | --: | --: | --- | --- |" + " --: |" * 11
+    yield "| --- | --: | --: | --- | --: | --: | --: | --- | --- | --- |" + " --: |" * 11
     for r in results:
         c = r.case
         text = f"{c.kilobytes}" + (f" of `{c.text}`" if c.text else "")
         of_settled = "" if r.right_settled is None else f"{r.right_settled:.1%}"
         yield (
             f"| `{c.adapter}` | {r.rank} | {r.angle:.1f}° | {c.start} | {text} | "
-            f"{r.steps} of {c.steps} | {c.seed} | {c.dtype} | {r.verdict} | {r.right:.1%} | "
-            f"{of_settled} | {r.settled:.1%} | {r.returned:.1%} | {r.base_loss:.3f} | "
-            f"{r.true_loss:.3f} | {r.loss:.3f} | {r.above_true:+.2%} | {r.preferred:+.0f} | "
-            f"{r.seconds / 60:.1f} | {r.peak_bytes / 1e9:.1f} |"
+            f"{r.steps} of {c.steps} | {c.seed} | {c.dtype} | {c.device} | {r.verdict} | "
+            f"{r.right:.1%} | {of_settled} | {r.settled:.1%} | {r.returned:.1%} | "
+            f"{r.base_loss:.3f} | {r.true_loss:.3f} | {r.loss:.3f} | {r.above_true:+.2%} | "
+            f"{r.preferred:+.0f} | {r.seconds / 60:.1f} | {r.peak_bytes / 1e9:.1f} |"
         )
 
 
@@ -311,10 +314,13 @@ def main() -> None:
     """Run the cases that were not run yet, and print the table of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", action="store_true", help="every case, and plots; hours")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the searches")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time, sharing the threads")
     parser.add_argument("--output", type=Path, default=STUDY / "results.jsonl")
     arguments = parser.parse_args()
-    cases = list(study() if arguments.study else table())
+    cases = [
+        replace(case, device=arguments.device) for case in (study() if arguments.study else table())
+    ]
     known = {result.case: result for result in read_results(arguments.output)}
     to_run = [case for case in cases if case not in known]
     _train(sorted({case.adapter for case in to_run} & VARIANTS.keys()))

@@ -74,7 +74,7 @@ def tables(result: Result) -> Iterator[str]:
         seconds, *sizes = astuple(usage)
         cells = " | ".join(f"{size / _MB:,.0f} MB" for size in sizes)
         yield f"| `{name}` | {seconds:.1f} s | {cells} |"
-    for name in MERGES:
+    for name in result.of(MERGES):
         cells = " | ".join(f"**{result.ratio(field, name):.3f}**" for field in asdict(usage))
         yield f"| **{name} / PEFT** | {cells} |"
     for name in result.of(LORAS):

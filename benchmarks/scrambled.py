@@ -11,7 +11,8 @@ import psoft_export
 from psoft_export.adapters.adapter import SubspaceAdapter
 from psoft_export.adapters.psoft import tensor_name
 from psoft_export.algebra.rotation import conjugated
-from psoft_export.basis.signs import SignRecord
+from psoft_export.basis.signs import SignRecord, signs_at
+from psoft_export.basis.solver import leading_triplets
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -50,11 +51,12 @@ def random_signs(adapter: Path, seed: int) -> dict[str, Tensor]:
 
 
 def right_signs(
-    adapter: Path, planted: dict[str, Tensor], found: dict[str, SignRecord]
+    base: Path, adapter: Path, planted: dict[str, Tensor], found: dict[str, SignRecord]
 ) -> dict[str, Tensor]:
     """Which signs found for a scrambled adapter are right, each layer up to its sign as a whole.
 
     Args:
+        base: the base's folder, with one file of weights.
         adapter: the one that was scrambled, with its `signs` record.
         planted: the signs it was scrambled with.
         found: module → signs, as `RecoveryReport.signs` has them.
@@ -62,13 +64,16 @@ def right_signs(
     Returns:
         Module → r truth values.
     """
-    record = psoft_export.load_adapter(adapter).record
-    assert record is not None
+    loaded = psoft_export.load_adapter(adapter)
+    assert isinstance(loaded, SubspaceAdapter)
+    assert loaded.record is not None
+    weights = load_file(base / "model.safetensors")
     right = {}
     for module, signs in found.items():
-        known = record.signs(module)
-        if not torch.equal(known.anchor, signs.anchor):
-            raise ValueError(f"{module}: the records anchor their signs in different rows")
-        same = known.sign.float() * planted[module] * signs.sign.float()
+        known = loaded.record.signs(module)
+        # Of entries that are nearly as large, two solvers may take either for the anchor.
+        left = leading_triplets(weights[f"{module}.weight"], loaded.rank).triplets.left
+        turned = signs_at(left, known.anchor) * signs_at(left, signs.anchor)
+        same = known.sign.float() * planted[module] * signs.sign.float() * turned
         right[module] = same * (1 if same.sum() >= 0 else -1) > 0
     return right

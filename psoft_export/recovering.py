@@ -45,7 +45,7 @@ from psoft_export.plan import MergePlan
 from psoft_export.recovery.examples import Examples, data_sha256, read_examples
 from psoft_export.recovery.modules import KnownModule, find_modules
 from psoft_export.recovery.readings import chosen_readings
-from psoft_export.recovery.run import LONG_STEPS, ROWS, SHORT_STEPS, RecoveryRun
+from psoft_export.recovery.run import LEAST_STEPS, ROWS, RecoveryRun
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import TaskLoss
 from psoft_export.recovery.verdict import (
@@ -345,9 +345,8 @@ def _check_options(
         raise UsageError("readings: name one at least, or ask for a random start")
     if steps is not None and time_limit is not None:
         raise UsageError("steps and time: give one of them")
-    least = LONG_STEPS if random_start else SHORT_STEPS
-    if steps is not None and steps < least:
-        raise UsageError(f"steps {steps}: at least {least} are needed")
+    if steps is not None and steps < LEAST_STEPS:
+        raise UsageError(f"steps {steps}: at least {LEAST_STEPS} are needed")
     if time_limit is not None and not time_limit > 0:
         raise UsageError(f"time {time_limit:g}: a number of seconds above 0 is needed")
     if batch < 1:

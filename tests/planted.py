@@ -1,13 +1,18 @@
-"""A small model that an adapter moves far, and text that the adapted one wrote: a planted task."""
+"""A small model that an adapter moves far, and text that the adapted one wrote: a planted task.
+
+And, for tests of the loss alone, trainings that tell nothing.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PsoftConfig, get_peft_model
+from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import psoft_export
+from psoft_export.recovery.retraining import Kinship, Known
 from tests.conftest import EXAMPLES
 from tests.models import perturb
 
@@ -78,6 +83,14 @@ def plant(
     written = _written(adapted.eval(), windows, length)
     (folder / "task.txt").write_bytes(bytes(written))
     return Planted(folder / "base", folder / "adapter", folder / "task.txt")
+
+
+def told_nothing(signs: Tensor) -> Known:
+    """Trainings that say nothing."""
+    modules, rank = signs.shape
+    nothing = torch.zeros(modules)
+    related = Kinship(nothing, nothing, torch.ones(modules))
+    return Known(signs, torch.zeros(modules, rank, rank), related)
 
 
 @torch.no_grad()

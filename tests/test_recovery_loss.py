@@ -19,6 +19,7 @@ from psoft_export.recovery.polish import FlipSlopes
 from psoft_export.recovery.task_loss import TaskLoss
 from psoft_export.verification.models import UnmergedLoader, find_changes
 from tests.models import load_task_model, load_with_peft, save_adapter
+from tests.planted import told_nothing
 
 CPU = torch.device("cpu")
 
@@ -145,7 +146,7 @@ def test_each_example_may_have_signs_of_its_own(llama: Path, tmp_path: Path) -> 
     examples = _sequences()
     generator = torch.Generator().manual_seed(5)
     signs = torch.randint(2, (3, *loss.rotations.shape), generator=generator) * 2.0 - 1
-    together, counts = loss.loss(examples, couplings(signs))
+    together, counts = loss.loss(examples, loss.rotations.coupled(couplings(signs)))
     assert counts.tolist() == [8, 9, 12]
     for example, own, lost in zip(examples, signs, together.tolist(), strict=True):
         assert lost == pytest.approx(float(loss.losses([example], own).sums), rel=1e-5)
@@ -167,14 +168,15 @@ def test_slopes_along_flips_are_those_of_the_loss(llama: Path, tmp_path: Path) -
         away = couplings(flip) - couplings(signs)
         with torch.no_grad():
             up, down = (
-                loss.loss(examples, couplings(signs) + s * step * away)[0] for s in (0.5, -0.5)
+                loss.loss(examples, loss.rotations.coupled(couplings(signs) + s * step * away))[0]
+                for s in (0.5, -0.5)
             )
         rank = len(signs[0])
         inside = torch.zeros(rank, dtype=torch.bool)
         inside[members] = True
         predicted = slopes.entries[:, layer][:, inside][:, :, ~inside].sum((1, 2))
         assert torch.allclose(predicted, (up - down) / step, rtol=2e-2, atol=2e-3)
-    for cost, members in slopes.groups(2):
+    for cost, members in slopes.groups(2, signs, told_nothing(signs)):
         assert 1 <= len(members) <= len(signs[0]) // 2
         if len(members) == 1:
             assert cost == pytest.approx(float(slopes.costs()[2, members[0]]))

@@ -3,8 +3,8 @@
 With D = diag(d), d in {−1, 1}ʳ, the rotation in a basis with other signs is D R D. Here the
 couplings dᵢ dⱼ may lie anywhere in [−1, 1]. The generator is what is scaled, Q becomes Q ∘ C, so
 that the core stays a rotation on the way: at C = 0 it is the identity, and the layer is the base's
-but for the scaling vectors, which no sign changes. A free R has no generator; its off-diagonal
-entries are scaled.
+but for the scaling vectors, which no sign changes. A free R has no generator; in its place stand
+its entries off the diagonal.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ class RelaxedSigns:
 
     Attributes:
         shape: number of modules, and r.
+        stored: the generators that are stored (modules × r × r, float32).
     """
 
     def __init__(self, parameters: Sequence[RotationParameters], device: torch.device) -> None:
@@ -39,27 +40,53 @@ class RelaxedSigns:
         ]
         self._matrices = torch.stack([m.to(device, torch.float32) for m in stored])
         self._identity = torch.eye(first.rank, device=device)
+        self.stored = self._matrices.masked_fill(self._identity.bool(), 0)
         ones = torch.ones(first.rank)
         self._vector_a, self._vector_b = (
             torch.stack([(v if v is not None else ones).to(device, torch.float32) for v in vectors])
             for vectors in ([p.vector_a for p in parameters], [p.vector_b for p in parameters])
         )
 
-    def cores(self, couplings: Tensor) -> Tensor:
-        """R − I of every module, differentiable in the couplings.
+    def coupled(self, couplings: Tensor) -> Tensor:
+        """The generators in a basis of other signs, differentiable in the couplings.
 
         Args:
             couplings: … × modules × r × r, float32 (`couplings` and `vector_couplings` make
                 them).
 
         Returns:
+            … × modules × r × r, float32: Q, skew-symmetric; of a free R its entries off the
+            diagonal.
+        """
+        return self.stored * couplings
+
+    def moves(self, slopes: Tensor) -> Tensor:
+        """The part of slopes along which generators can move: skew-symmetric as they are."""
+        if self._orthogonal:
+            return slopes - slopes.mT
+        return slopes.masked_fill(self._identity.bool(), 0)
+
+    def paired(self, products: Tensor) -> Tensor:
+        """Of values of a generator's free numbers, in its places: those of each pair i, j added up.
+
+        A skew-symmetric generator shows each of its numbers twice.
+        """
+        both = products + products.mT
+        return both / 2 if self._orthogonal else both
+
+    def cores(self, generators: Tensor) -> Tensor:
+        """R − I of every module, differentiable in the generators.
+
+        Args:
+            generators: … × modules × r × r, float32, as `coupled` returns them.
+
+        Returns:
             … × modules × r × r, float32.
         """
-        scaled = self._matrices * couplings
         if self._orthogonal:
-            core = turned_by(scaled, self._series)
+            core = turned_by(generators, self._series)
         else:
-            core = torch.where(self._identity.bool(), self._matrices, scaled)
+            core = torch.where(self._identity.bool(), self._matrices, generators)
         turned = self._vector_b[:, :, None] * core * self._vector_a[:, None, :]
         return turned - self._identity
 

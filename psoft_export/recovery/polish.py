@@ -1,8 +1,9 @@
 """From signs that a search found to signs that no flip betters by much.
 
-A flip is kept where the data speak for it as they do for a settled sign. Where they say less, what
-the search found is the better guess: it comes from the whole way that the layers grew along, on
-which signs matter that hardly do at its end.
+A flip is kept where the data, and what training on them says (`recovery.retraining`), speak for it
+as the data do for a settled sign. Where they say less, what the search found is the better guess:
+it comes from the whole way that the layers grew along, on which signs matter that hardly do at its
+end.
 
 What a flip costs is predicted for all signs, and for groups of a layer's, from one pass: with a(x)
 the slope of the loss of example x along a flip, the cost is Σₓ a(x) + ½ Σₓ a(x)², whose second term
@@ -20,6 +21,7 @@ from torch import Tensor
 from psoft_export.algebra.relaxed_signs import couplings
 from psoft_export.recovery.agreement import same_signs
 from psoft_export.recovery.examples import Example
+from psoft_export.recovery.retraining import Known
 from psoft_export.recovery.task_loss import TaskLoss
 
 SETTLED = math.log(1000)  # nats by which the data speak for a sign
@@ -70,7 +72,8 @@ class FlipSlopes:
         for first in range(0, len(chosen), rows):
             part = chosen[first : first + rows]
             coupled = here.repeat(len(part), 1, 1, 1).requires_grad_(True)
-            sums, _ = loss.loss(part, coupled if rows > 1 else coupled[0])
+            generators = loss.rotations.coupled(coupled)
+            sums, _ = loss.loss(part, generators if rows > 1 else generators[0])
             (slope,) = torch.autograd.grad(sums.sum(), coupled)
             along = -2 * here * slope
             both = along + along.transpose(-1, -2)
@@ -91,34 +94,36 @@ class FlipSlopes:
             costs = costs.sign() * (costs.abs() - 2 * errors).clamp_min(0)
         return costs
 
-    def of_shrinking(self) -> Tensor:
-        """What making all couplings of a layer smaller costs, by its standard error (modules).
-
-        Near zero where the signs are right, as far as training had come to rest; far below where
-        less of the rotation would be better.
-        """
-        slopes = self.entries.double().sum((-1, -2))
-        costs: Tensor = slopes.sum(0) / slopes.square().sum(0).sqrt().clamp_min(1e-30)
-        return costs
-
-    def groups(self, layer: int) -> list[tuple[float, list[int]]]:
+    def groups(self, layer: int, signs: Tensor, known: Known) -> list[tuple[float, list[int]]]:
         """Groups of one layer's signs that may be worth flipping together, with their costs.
 
         Grown from each sign by the one that costs least, up to half of the layer; of each of these
         growths the group of the lowest cost.
+
+        Args:
+            layer: which.
+            signs: where the slopes are (±1, modules × r).
+            known: what else costs something.
         """
-        entries = self.entries[:, layer].permute(1, 2, 0).double()  # r × r × examples
+        examples = len(self.entries)
+        told = 2 * known.weights[layer] * couplings(signs[layer])  # of negating couplings, in nats
+        entries = torch.cat([self.entries[:, layer], told[None]]).permute(1, 2, 0).double()
         rank = len(entries)
+
+        def predicted(slopes: Tensor) -> Tensor:
+            data = self._predicted(slopes[..., :examples], -1)
+            return data + slopes[..., examples]
+
         totals = entries.sum(1)  # r × examples: the slope of each sign alone
         inside = torch.eye(rank, dtype=torch.bool)  # growths × r
         linked = entries.clone()  # growths × r × examples: Σ of the couplings with the group
         slopes = totals.clone()  # growths × examples
-        costs = self._predicted(slopes, 1)
+        costs = predicted(slopes)
         best_costs, best = costs.clone(), inside.clone()
         every = torch.arange(rank)
         for _ in range(rank // 2 - 1):
             grown = slopes[:, None] + totals[None] - 2 * linked
-            candidates = self._predicted(grown, 2).masked_fill(inside, math.inf)
+            candidates = predicted(grown).masked_fill(inside, math.inf)
             costs, added = candidates.min(dim=1)
             inside = inside.clone()
             inside[every, added] = True
@@ -135,6 +140,21 @@ class FlipSlopes:
         return self.scale * (slopes.sum(examples) + slopes.square().sum(examples) / 2)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What became of other signs for a layer.
+
+    Attributes:
+        cost: in nats over all targets of the data.
+        is_whole: whether that is measured on all examples; of what costs much a part tells enough.
+        is_kept: whether the layer has these signs now.
+    """
+
+    cost: float
+    is_whole: bool
+    is_kept: bool
+
+
 class Trials:
     """Signs, and changes of them that are measured before they are kept.
 
@@ -142,10 +162,13 @@ class Trials:
         signs: ±1, modules × r, float32, CPU.
     """
 
-    def __init__(self, loss: TaskLoss, examples: Sequence[Example], signs: Tensor) -> None:
+    def __init__(
+        self, loss: TaskLoss, examples: Sequence[Example], signs: Tensor, known: Known
+    ) -> None:
         """Measure the signs themselves; arguments as of `polish`."""
         self.signs = signs.clone()
         self._loss = loss
+        self._known = known
         self._some = examples[::_SCREENED]
         self._others = [e for i, e in enumerate(examples) if i % _SCREENED]
         here = loss.losses(examples, signs)
@@ -156,37 +179,41 @@ class Trials:
         """What the examples lose, in nats a target."""
         return float(self._sums.sum()) / self.targets
 
-    def change(self, layer: int, signs: Tensor) -> tuple[float, bool]:
-        """Give a layer other signs, if the examples then lose less by `SETTLED`.
+    @property
+    def lost_with_known(self) -> float:
+        """The same over all targets, with what the signs lose by what is known of them."""
+        told = (self._known.weights * couplings(self.signs)).sum() / 2
+        return float(self._sums.sum()) - float(told)
+
+    def change(self, layer: int, signs: Tensor) -> Trial:
+        """Give a layer other signs, if that gains `SETTLED` nats.
 
         Args:
             layer: which.
             signs: ±1 (r).
-
-        Returns:
-            What it costs in nats over all targets, and whether that is measured on all examples;
-            of what costs much a part of them tells enough. Below −`SETTLED` it was kept.
         """
         kept = self.signs[layer].clone()
+        told = self._known.change(layer, kept, signs)
         self.signs[layer] = signs
         sums = self._sums.clone()
         sums[::_SCREENED] = self._loss.losses(self._some, self.signs).sums
         cost = _SCREENED * float((sums - self._sums).sum())
-        is_whole = cost < SETTLED or not self._others
+        is_whole = cost + told < SETTLED or not self._others
         if is_whole and self._others:
             rest = torch.arange(len(sums)) % _SCREENED > 0
             sums[rest] = self._loss.losses(self._others, self.signs).sums
             cost = float((sums - self._sums).sum())
-        if cost < -SETTLED:
+        is_kept = is_whole and cost + told < -SETTLED
+        if is_kept:
             self._sums = sums
         else:
             self.signs[layer] = kept
-        return cost, is_whole
+        return Trial(cost, is_whole, is_kept)
 
 
 def crossed(
-    loss: TaskLoss, examples: Sequence[Example], signs: Tensor, others: Tensor
-) -> tuple[Tensor, float]:
+    loss: TaskLoss, examples: Sequence[Example], signs: Tensor, others: Tensor, known: Known
+) -> Tensor:
     """The better of two sets of signs, with every layer of the other that betters it by `SETTLED`.
 
     Two searches that ended in different minima differ in whole groups of a layer's signs, and of
@@ -197,19 +224,17 @@ def crossed(
         examples: what was searched on.
         signs: ±1, modules × r.
         others: ±1, modules × r.
-
-    Returns:
-        Signs, and what the examples lose at them, in nats a target.
+        known: what trainings say of signs.
     """
-    better, worse = (Trials(loss, examples, s) for s in (signs, others))
-    if worse.lost < better.lost:
+    better, worse = (Trials(loss, examples, s, known) for s in (signs, others))
+    if worse.lost_with_known < better.lost_with_known:
         better, worse = worse, better
     every = torch.ones_like(signs, dtype=torch.bool)
     differing = (~same_signs(better.signs, worse.signs, every)).sum(1)
     for layer in differing.argsort(descending=True, stable=True).tolist():
         if differing[layer]:
             better.change(layer, worse.signs[layer])
-    return better.signs, better.lost
+    return better.signs
 
 
 @dataclass(frozen=True)
@@ -237,12 +262,15 @@ def polish(
     loss: TaskLoss,
     examples: Sequence[Example],
     signs: Tensor,
+    known: Known,
     rows: int,
     note: Callable[[str], None],
     *,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Polished:
     """Flip signs, alone and in groups of a layer, where that gains `SETTLED` nats.
+
+    Data and trainings count together.
 
     In each round what is predicted to cost least is tried, `_TRIED` flips at most, and each is
     measured before it is kept. A round that keeps `_FEW_KEPT` or fewer is the last.
@@ -251,31 +279,33 @@ def polish(
         loss: the task's loss.
         examples: what was searched on.
         signs: ±1, modules × r.
+        known: what trainings say of signs.
         rows: examples at a time.
         note: told in a few words of each round.
         is_over: whether time is up; asked between flips.
     """
-    trials = Trials(loss, examples, signs)
+    trials = Trials(loss, examples, signs, known)
     flipped, is_stale = 0, True  # whether costs are of other signs
     measured: dict[tuple[int, int], float] = {}
     costs = torch.zeros(signs.shape, dtype=torch.float64)
     for number in range(_ROUNDS):
         slopes = FlipSlopes.at(loss, examples, trials.signs, rows)
         costs, kept = slopes.costs(), 0
-        moves = _moves(slopes)
+        moves = _moves(slopes, trials.signs, known)
         for layer, members in moves:
             if is_over():
                 break
             turned = trials.signs[layer].clone()
             turned[members] *= -1
-            cost, is_whole = trials.change(layer, turned)
-            if cost < -SETTLED:
+            trial = trials.change(layer, turned)
+            if trial.is_kept:
                 kept += 1
                 flipped += len(members)
                 measured.clear()
             elif len(members) == 1:
                 place = layer, members[0]
-                measured[place] = cost if is_whole else max(float(costs[place]), 0.0)
+                predicted = max(float(costs[place]), 0.0)
+                measured[place] = trial.cost if trial.is_whole else predicted
         note(
             f"polishing: round {number + 1}, {kept} of {len(moves)} flips kept, loss "
             f"{trials.lost:.4g}"
@@ -292,17 +322,17 @@ def polish(
 
 def unpolished(loss: TaskLoss, examples: Sequence[Example], signs: Tensor) -> Polished:
     """Signs of which none matters, as they are; arguments as of `polish`."""
-    trials = Trials(loss, examples, signs)
+    lost = loss.losses(examples, signs)
     costs = torch.zeros(signs.shape, dtype=torch.float64)
-    return Polished(signs, costs, 0, trials.lost, trials.targets)
+    return Polished(signs, costs, 0, lost.mean, float(lost.counts.sum()))
 
 
-def _moves(slopes: FlipSlopes) -> list[tuple[int, list[int]]]:
+def _moves(slopes: FlipSlopes, signs: Tensor, known: Known) -> list[tuple[int, list[int]]]:
     """Flips that may lower the loss, as layer and signs; the likeliest first."""
     moves: list[tuple[float, int, list[int]]] = []
     for layer in range(slopes.entries.shape[1]):
         tried: list[list[int]] = []
-        for cost, members in slopes.groups(layer):
+        for cost, members in slopes.groups(layer, signs, known):
             # Groups of one layer that share signs are one idea; its likeliest is always tried,
             # for a large turn is not what a slope and a curvature say of it.
             if tried and cost >= SETTLED:

@@ -12,21 +12,23 @@ from psoft_export.errors import OutputError
 from psoft_export.recovery.agreement import agreement, agreement_by_chance, same_signs
 from psoft_export.recovery.examples import Example
 from psoft_export.recovery.polish import Polished, crossed, polish, unpolished
+from psoft_export.recovery.retraining import Known
 from psoft_export.recovery.search import Cycle, SearchState, SignSearch, Step
 from psoft_export.recovery.significance import is_below
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import Losses, TaskLoss
 
 STEPS = 1080
-SHORT_STEPS = 270  # of a reading and of what is found beside it
-LONG_STEPS = 360  # of a cycle of each of the two long searches
 ROWS = 16  # examples at a time where nothing is learnt
+CYCLE_STEPS = 105
+_CLOSING_STEPS = 60
+LEAST_STEPS = 2 * CYCLE_STEPS + _CLOSING_STEPS  # one cycle of each of the two searches
 _MOST_STEPS = 24_000  # within a time limit
-_READING, _SHORT, _FIRST, _SECOND = "reading", "short", "first", "second"
+_FIRST, _SECOND = "first", "second"
 _STEPS_BETWEEN_NOTES = 20
 _RETURNED = 0.97  # of the signs that matter must be found alike by two searches
-_HOLDS = 0.5  # of a reading, beyond what chance would give, must be found from nothing
-_STILL = 0.01  # share of the signs of both long searches that move, below which they have ended
+_HOLDS = 0.5  # of what signs agree in beyond chance, if one has never seen the data
+_SAME = 0.995  # of the signs that matter two searches agree in, and then need no more cycles
 _SEARCH_SHARE = 0.5  # of a time limit, for the searches; the rest for crossing and polish
 
 
@@ -144,8 +146,7 @@ class RecoveryRun:
         search = SignSearch(
             self._loss,
             self._train,
-            _planned(steps or (STEPS if time_limit is None else _MOST_STEPS), bool(readings)),
-            starts={_READING: readings[name]} if name else {},
+            _planned(steps or (STEPS if time_limit is None else _MOST_STEPS)),
             matters=self._matters,
             rows=self._rows,
             seed=self._seed,
@@ -170,17 +171,14 @@ class RecoveryRun:
         if not self._matters.any():
             signs = readings[name] if name else torch.ones(self._loss.rotations.shape)
             return outcome(_Found(unpolished(self._loss, self._train, signs), 1.0))
-        best = None
-        if start is not None and _FIRST not in search.state.found:
-            holds = self._held(search, readings[name]) if is_below(start, base) else None
-            best = outcome(holds or self._from_reading(search))
-            if best.is_below_base and best.returned >= best.needed:
-                return best
-        found = self._from_nothing(search)
-        if found is not None:
-            best = outcome(found)
-        assert best is not None  # without a reading the searches from nothing always run
-        return best
+        may_hold = start is not None and is_below(start, base)
+        if may_hold:
+            self._run(search, until=1)
+            holds = self._held(search, readings[name])
+            if holds is not None:
+                return outcome(holds)
+        self._run(search, until=len(search.plan))
+        return outcome(self._closed(search, [readings[name]] if may_hold else []))
 
     def _scores(self, readings: Mapping[str, Tensor]) -> dict[str, float]:
         """The loss at each reading, of a part of the data."""
@@ -192,13 +190,12 @@ class RecoveryRun:
         return losses
 
     def _held(self, search: SignSearch, signs: Tensor) -> _Found | None:
-        """A reading as it is, if it may be training's own; searches beside it for a little.
+        """A reading as it is, if it may be training's own; a search was beside it for a little.
 
         It then loses less than signs that the data led to, though no data led to it; those are the
         same but for what the data do not say; and there is no sign that the data speak against.
         """
-        self._run(search, (_SHORT,))
-        found = search.state.found[_SHORT]
+        found = search.state.found[_FIRST]
         if self._loss.losses(self._train, found).mean < self._loss.losses(self._train, signs).mean:
             return None
         by_chance = agreement_by_chance(self._matters)
@@ -207,48 +204,29 @@ class RecoveryRun:
         self._tell(f"{returned:.1%} of the start was found from nothing; {needed:.0%} is needed")
         if returned < needed:
             return None
-        polished = self._polished(signs)
+        polished = self._polished(signs, search.known(signs))
         return _Found(polished, returned, needed, holds=True) if not polished.flipped else None
 
-    def _from_reading(self, search: SignSearch) -> _Found:
-        """What short searches from a reading and from nothing come to."""
-        self._run(search, (_SHORT, _READING))
-        return self._compared(search.state, _READING, _SHORT)
-
-    def _from_nothing(self, search: SignSearch) -> _Found | None:
-        """What two long searches come to; None where a reading's left no steps or time for them."""
-        self._run(search, (_FIRST, _SECOND))
-        if _SECOND not in search.state.found:
-            return None
-        return self._compared(search.state, _FIRST, _SECOND)
-
-    def _run(self, search: SignSearch, names: Sequence[str]) -> None:
-        """Run cycles in the order of the plan, up to the first of another search."""
-        while search.state.done < len(search.plan):
-            cycle = search.plan[search.state.done]
-            if cycle.search not in names or self._is_enough(search, cycle):
-                return
+    def _run(self, search: SignSearch, until: int) -> None:
+        """Run cycles, up to a number of them done, or until that is enough."""
+        while search.state.done < until and not self._is_enough(search):
             began, before = time.monotonic(), search.steps
             state = search.run_cycle(self._note)
-            if search.steps > before:
-                self._step_seconds = (time.monotonic() - began) / (search.steps - before)
+            self._step_seconds = (time.monotonic() - began) / (search.steps - before)
+            name = search.plan[state.done - 1].search
             self._tell(
-                f"recovering: {state.moved[cycle.search]:.1%} of the signs moved in cycle "
-                f"{state.done}"
+                f"recovering: {state.moved[name]:.1%} of the signs moved in cycle {state.done}"
             )
             self._keep(state)
 
-    def _is_enough(self, search: SignSearch, cycle: Cycle) -> bool:
-        """Whether a cycle can be left, as signs stand still or there is no time for it."""
-        found, moved = search.state.found, search.state.moved
-        if cycle.search == _SECOND or not found:
-            return False  # the other one of a pair; or nothing is there yet
-        if cycle.search == _READING and cycle.search not in found:
-            return False
-        still = [moved.get(name, 1.0) < _STILL for name in (_FIRST, _SECOND)]
-        steps = cycle.steps * (2 if cycle.search == _FIRST else 1)
-        is_late = time.monotonic() + steps * self._step_seconds > self._search_ends
-        return is_late or (cycle.search == _FIRST and all(still))
+    def _is_enough(self, search: SignSearch) -> bool:
+        """Whether no more cycles are needed, or there is no time for two."""
+        state = search.state
+        if state.done < 2 or state.done % 2:
+            return False  # both searches have as many cycles
+        agreeing = agreement(state.found[_FIRST], state.found[_SECOND], self._matters)
+        ends = time.monotonic() + 2 * CYCLE_STEPS * self._step_seconds
+        return agreeing >= _SAME or ends > self._search_ends
 
     def _keep(self, state: SearchState) -> None:
         if self._file is None:
@@ -259,26 +237,39 @@ class RecoveryRun:
             self._tell(f"warning: the search cannot be kept: {problem}")
             self._file = None
 
-    def _compared(self, state: SearchState, one: str, other: str) -> _Found:
-        """The best of all signs found, polished, and the share of it that two searches found."""
-        signs = state.found[one]
-        for name in sorted(state.found, key=lambda name: name != other):
-            if name != one:
-                self._tell(f"crossing the signs of two searches ('{one}' and '{name}')")
-                signs, _ = crossed(self._loss, self._train, signs, state.found[name])
-        polished = self._polished(signs)
+    def _closed(self, search: SignSearch, others: Sequence[Tensor]) -> _Found:
+        """The best of all signs found, polished, and the share of it that two searches found.
+
+        Args:
+            search: after its cycles.
+            others: signs that may be better in some layers.
+        """
+        first, second = (search.state.found[name] for name in (_FIRST, _SECOND))
+        self._tell("crossing the signs of two searches")
+        signs = first
+        for other in (second, *others):
+            signs = crossed(self._loss, self._train, signs, other, search.known(signs))
+        known = search.known(signs)
+        self._tell(
+            "trained again, generators agree with the adapter's "
+            f"{known.related.errors:.0f} standard errors better than by chance"
+        )
+        grown = search.grown(known, _CLOSING_STEPS, self._note)
+        signs = crossed(self._loss, self._train, signs, grown, known)
+        polished = self._polished(signs, known)
         alike = torch.ones_like(self._matters)
-        for name in (one, other):
-            alike &= same_signs(polished.signs, state.found[name], self._matters)
+        for found in (first, second):
+            alike &= same_signs(polished.signs, found, self._matters)
         returned = float(alike[self._matters].double().mean())
         self._tell(f"found by both searches: {returned:.1%}")
         return _Found(polished, returned)
 
-    def _polished(self, signs: Tensor) -> Polished:
+    def _polished(self, signs: Tensor, known: Known) -> Polished:
         return polish(
             self._loss,
             self._train,
             signs,
+            known,
             self._rows,
             self._tell,
             is_over=lambda: time.monotonic() > self._ends,
@@ -287,23 +278,13 @@ class RecoveryRun:
     def _note(self, step: Step) -> None:
         if step.step % _STEPS_BETWEEN_NOTES:
             return
-        self._tell(
-            f"recovering: step {step.step}, loss {step.loss:.4g}, {step.undecided:.0%} of the "
-            "signs undecided"
-        )
+        how = "training again"
+        if step.undecided is not None:
+            how = f"{step.undecided:.0%} of the signs undecided"
+        self._tell(f"recovering: step {step.step}, loss {step.loss:.4g}, {how}")
 
 
-def _planned(steps: int, has_readings: bool) -> list[Cycle]:
-    """Cycles that take so many steps at most, or the fewest that there are.
-
-    Beside a reading a short search from nothing runs first; then two long ones from nothing, in
-    turns.
-    """
-    plan = []
-    if has_readings:
-        third = SHORT_STEPS // 3
-        plan.append(Cycle(_SHORT, third, hardens=False))
-        plan += [Cycle(_READING, third, hardens=True)] * 2
-        steps -= SHORT_STEPS
-    pair = [Cycle(name, LONG_STEPS // 2, hardens=True) for name in (_FIRST, _SECOND)]
-    return plan + pair * max(steps // LONG_STEPS, 0 if has_readings else 1)
+def _planned(steps: int) -> list[Cycle]:
+    """Cycles of two searches in turns, that take so many steps at most, or the fewest there are."""
+    rounds = max(1, (steps - _CLOSING_STEPS) // (2 * CYCLE_STEPS))
+    return [Cycle(name, CYCLE_STEPS) for name in (_FIRST, _SECOND)] * rounds

@@ -9,11 +9,13 @@ from safetensors import SafetensorError, safe_open
 
 from psoft_export.checkpoint.output import replacing_file
 from psoft_export.errors import OutputError
+from psoft_export.recovery.retraining import Retrained
 from psoft_export.recovery.search import SearchState
 
 SUFFIX = ".search.safetensors"
-_FORMAT = "psoft-search/3"
+_FORMAT = "psoft-search/4"
 _GENERATOR = "generator"
+_FOUND, _WHOLE, _BESIDE = "found.", "whole.", "beside."  # before the name of a search
 
 
 class StateFile:
@@ -32,10 +34,14 @@ class StateFile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata.get("format") != _FORMAT or metadata.get("key") != self._key:
                 return None
-            generator = tensors.pop(_GENERATOR)
-            moved = json.loads(metadata["moved"])
+            moved, turns = json.loads(metadata["moved"]), json.loads(metadata["turns"])
+            trained = {
+                name: Retrained(tensors[_WHOLE + name], tensors.get(_BESIDE + name), turns[name])
+                for name in moved
+            }
+            found = {name: tensors[_FOUND + name] for name in moved}
             done, steps = int(metadata["done"]), int(metadata["steps"])
-            return SearchState(done, tensors, moved, steps, generator)
+            return SearchState(tensors[_GENERATOR], done, steps, found, trained, moved)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return None
 
@@ -45,14 +51,20 @@ class StateFile:
         Raises:
             OutputError: the folder cannot be written.
         """
-        tensors = {name: signs.contiguous() for name, signs in state.found.items()}
-        tensors[_GENERATOR] = state.generator.contiguous()
+        tensors = {_GENERATOR: state.generator}
+        for name, signs in state.found.items():
+            trained = state.trained[name]
+            tensors |= {_FOUND + name: signs, _WHOLE + name: trained.whole}
+            if trained.beside is not None:
+                tensors[_BESIDE + name] = trained.beside
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {
             "format": _FORMAT,
             "key": self._key,
             "done": str(state.done),
             "steps": str(state.steps),
             "moved": json.dumps(dict(state.moved)),
+            "turns": json.dumps({name: there.turns for name, there in state.trained.items()}),
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,16 +100,16 @@ class TaskLoss:
             mean_square = 2 * self._variance * self.losses(examples, None).mean
             self._variance = max(mean_square, torch.finfo(torch.float32).tiny)
 
-    def loss(self, examples: Sequence[Example], coupled: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of each example and number of its targets, differentiable in the couplings.
+    def loss(self, examples: Sequence[Example], generators: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each example and number of its targets, differentiable in the generators.
 
         Args:
             examples: run at once.
-            coupled: dᵢ dⱼ (`algebra.relaxed_signs.couplings`), modules × r × r; or for each
+            generators: of the rotations (`RelaxedSigns.coupled`), modules × r × r; or for each
                 example its own, examples × modules × r × r.
         """
         arguments, targets = collate(examples, self._pad)
-        self._cores = self.rotations.cores(coupled).transpose(-1, -2)
+        self._cores = self.rotations.cores(generators).transpose(-1, -2)
         try:
             return self._run(arguments, targets)
         finally:
@@ -129,7 +129,7 @@ class TaskLoss:
         sums, counts = [], []
         if signs is not None:
             coupled = couplings(signs.to(self.device, torch.float32))
-            self._cores = self.rotations.cores(coupled).transpose(-1, -2)
+            self._cores = self.rotations.cores(self.rotations.coupled(coupled)).transpose(-1, -2)
         try:
             for first in range(0, len(examples), self._rows):
                 lost, count = self._run(*collate(examples[first : first + self._rows], self._pad))

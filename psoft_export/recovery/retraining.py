@@ -1,0 +1,322 @@
+"""What training gives from nothing on the data at hand, and what it tells of an adapter's signs.
+
+An adapter's generators began at zero, and training moved them. Training again, for a few steps and
+in the basis at hand, moves them to much the same places, whatever the signs of the basis that the
+adapter was trained in: with D the signs that are sought, Q and D Q D belong together. That says of
+each sign r − 1 times a little, also of those whose flip costs the data hardly anything, and it
+needs no search. The signs for which the two agree best are those that make Σ dᵢ dⱼ Qᵢⱼ Q'ᵢⱼ
+largest.
+
+How much it says is measured. With the adapter's generator a multiple of the one found here and the
+rest noise of variance σ², the pair i, j speaks for dᵢ dⱼ = 1 by 2 β Qᵢⱼ Q'ᵢⱼ / σ² nats, so that it
+adds up with what the data say of the loss. Signs chosen to agree do so by chance, too. By how much
+is seen where the rows and columns of the adapter's generators are shuffled: a layer that agrees no
+better than that says nothing, and one that does is discounted by it.
+
+Once most signs are found, a part of the rows is trained again beside the others as they were found.
+That is less noisy, as the others cannot fit the data's noise, and new where the first is wrong.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psoft_export.algebra.relaxed_signs import RelaxedSigns, couplings
+from psoft_export.recovery.examples import Example
+from psoft_export.recovery.task_loss import TaskLoss, not_finite
+
+_RATE = 0.2  # of the mean size of the adapter's generators, a step
+_WARM_UP = 10  # steps
+_BETAS = (0.9, 0.99)
+_SHUFFLES = 4
+_SURE = 2.0  # standard deviations of chance beyond which a layer agrees
+_RELATED = 5.0  # the same, of all layers together
+_LEAST_NOISE = 0.01  # of the square of the adapter's generators
+_STARTS = 4  # eigenvectors from which signs are sought
+_MOST_FLIPS = 2000
+
+
+class Batches:
+    """Rows of examples without end, all of them in each turn, in an order that is drawn."""
+
+    def __init__(self, examples: Sequence[Example], rows: int, generator: torch.Generator) -> None:
+        """`rows` in a batch, of which there must be as many examples."""
+        self._examples = examples
+        self._rows = rows
+        self._generator = generator
+        self._order: list[int] = []
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        return self
+
+    def __next__(self) -> list[Example]:
+        if len(self._order) < self._rows:
+            drawn = torch.randperm(len(self._examples), generator=self._generator)
+            self._order += drawn.tolist()
+        batch = self._order[: self._rows]
+        del self._order[: self._rows]
+        return [self._examples[number] for number in batch]
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """Generators that training gave, in the basis at hand (modules × r × r, float32, CPU).
+
+    Attributes:
+        whole: the mean of what came of all rows, from nothing.
+        beside: the mean of what came of a part of the rows at a time, beside others that were
+            found; None: not done.
+        turns: how many turns through all rows `beside` is the mean of.
+    """
+
+    whole: Tensor
+    beside: Tensor | None = None
+    turns: int = 0
+
+    def and_beside(self, other: Tensor) -> "Retrained":
+        """With one more turn through all rows."""
+        if self.beside is None:
+            return Retrained(self.whole, other, 1)
+        mean = (self.turns * self.beside + other) / (self.turns + 1)
+        return Retrained(self.whole, mean, self.turns + 1)
+
+    def and_those_of(self, other: "Retrained") -> "Retrained":
+        """The means of two, each over as many turns as the other."""
+        both = (self.beside, other.beside)
+        beside = None if both[0] is None or both[1] is None else (both[0] + both[1]) / 2
+        return Retrained((self.whole + other.whole) / 2, beside, self.turns + other.turns)
+
+
+def retrained(
+    loss: TaskLoss,
+    batches: Iterator[list[Example]],
+    steps: int,
+    note: Callable[[float], None],
+    *,
+    free: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> Tensor:
+    """Generators after a few steps of Adam (arXiv 1412.6980) from zero (modules × r × r, CPU).
+
+    Args:
+        loss: the task's loss.
+        batches: examples of each step.
+        steps: how many.
+        note: told the loss of each batch, in nats a target.
+        free: which entries are trained (bool, modules × r × r); None: all.
+        beside: generators that the others keep.
+
+    Raises:
+        NonFiniteError: the loss, or its slope, is NaN or infinite.
+    """
+    stored = loss.rotations.stored
+    rate = _RATE * float(stored.abs().mean())
+    position, first, second = (torch.zeros_like(stored) for _ in range(3))
+    decay, decay_second = _BETAS
+    for step, batch in zip(range(1, steps + 1), batches, strict=False):
+        here = position if free is None or beside is None else torch.where(free, position, beside)
+        here = here.detach().requires_grad_(True)
+        sums, counts = loss.loss(batch, here)
+        lost = sums.sum()  # of a mean, slopes would be too small for half precision
+        (slope,) = torch.autograd.grad(lost, here)
+        if not slope.isfinite().all():
+            raise not_finite("the loss of a batch, or its slope,")
+        slope = loss.rotations.moves(slope)
+        first.lerp_(slope, 1 - decay)
+        second.lerp_(slope.square(), 1 - decay_second)
+        size = (second / (1 - decay_second**step)).sqrt() + torch.finfo(slope.dtype).tiny
+        warm = min(1.0, step / _WARM_UP)
+        position -= warm * rate / (1 - decay**step) * first / size
+        note(float(lost.detach() / counts.sum()))
+    return position.cpu()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows that are trained a part at a time, beside the others as they were found.
+
+    Attributes:
+        signs: as found (±1, modules × r).
+        count: of parts.
+        generator: draws which row is in which.
+    """
+
+    signs: Tensor
+    count: int
+    generator: torch.Generator
+
+
+def retrained_beside(
+    loss: TaskLoss,
+    batches: Iterator[list[Example]],
+    steps: int,
+    note: Callable[[float], None],
+    parts: Parts,
+) -> Tensor:
+    """Generators of which each part of the rows was trained from zero, as by `retrained`.
+
+    Args:
+        loss: the task's loss.
+        batches: examples of each step.
+        steps: of each part.
+        note: told the loss of each batch, in nats a target.
+        parts: the rows.
+
+    Returns:
+        Modules × r × r, CPU; of entries of two parts the mean of both.
+    """
+    signs, count = parts.signs, parts.count
+    drawn = torch.rand(signs.shape, generator=parts.generator)
+    part_of = (drawn.argsort(1) % count).to(loss.device)
+    found = loss.rotations.coupled(couplings(signs.to(loss.device, torch.float32)))
+    came = torch.zeros(found.shape)
+    for part in range(count):
+        inside = part_of == part
+        free = inside[:, :, None] | inside[:, None, :]
+        here = retrained(loss, batches, steps, note, free=free, beside=found)
+        came += here * free.cpu()
+    of_two = (part_of[:, :, None] != part_of[:, None, :]).cpu()
+    return torch.where(of_two, came / 2, came)
+
+
+@dataclass(frozen=True)
+class Kinship:
+    """How far generators trained here agree with the adapter's at the signs where they do best.
+
+    Attributes:
+        found: correlation of each module's entries (modules).
+        by_chance: what it is of shuffled generators, in the mean (modules).
+        spread: standard deviation of that (modules).
+    """
+
+    found: Tensor
+    by_chance: Tensor
+    spread: Tensor
+
+    @property
+    def errors(self) -> float:
+        """By how many standard deviations of chance all modules together agree better than it."""
+        beyond = (self.found - self.by_chance) / self.spread
+        return float(beyond.sum()) / math.sqrt(len(beyond))
+
+    def discounts(self) -> Tensor:
+        """What is left of each module's agreement without what chance gives; from 0 to 1."""
+        surely = self.found > self.by_chance + _SURE * self.spread
+        left = (1 - (self.by_chance / self.found.clamp_min(1e-30)).square()).clamp_min(0).sqrt()
+        return left * (surely & (self.errors > _RELATED))
+
+
+def kinship(rotations: RelaxedSigns, whole: Tensor, generator: torch.Generator) -> Kinship:
+    """How far generators trained from nothing agree with those that are stored.
+
+    Args:
+        rotations: the adapter's.
+        whole: trained here, modules × r × r.
+        generator: draws the shuffles.
+    """
+    stored = rotations.stored.cpu()
+    modules, rank, _ = stored.shape
+
+    def at_best(generators: Tensor) -> Tensor:
+        products = generators * whole
+        signs = synchronized(rotations.paired(products))
+        together = (products * couplings(signs)).sum((1, 2))
+        sizes = generators.square().sum((1, 2)) * whole.square().sum((1, 2))
+        return together / sizes.sqrt().clamp_min(1e-30)
+
+    shuffled = []
+    for _ in range(_SHUFFLES):
+        order = torch.rand(modules, rank, generator=generator).argsort(1)
+        rows = stored.gather(1, order[:, :, None].expand(-1, -1, rank))
+        shuffled.append(at_best(rows.gather(2, order[:, None, :].expand(-1, rank, -1))))
+    chance = torch.stack(shuffled)
+    # Of few shuffles a module's own spread is not known well; that of all is.
+    spread = (chance - chance.mean(0)).square().sum() / (modules * (_SHUFFLES - 1))
+    spread = spread.sqrt().clamp_min(1e-6).expand(modules)
+    # The mean over the shuffles errs itself.
+    spread = spread * math.sqrt(1 + 1 / _SHUFFLES)
+    return Kinship(at_best(stored), chance.mean(0), spread)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What trainings say of signs.
+
+    Attributes:
+        signs: those that agree with them best, or what was found already (±1, modules × r).
+        weights: what they say of each pair of signs (modules × r × r, symmetric, float32): signs d
+            lose −½ Σ wᵢⱼ dᵢ dⱼ nats. Zero for a module of which they say nothing.
+        related: how far they agree with the adapter.
+    """
+
+    signs: Tensor
+    weights: Tensor
+    related: Kinship
+
+    @classmethod
+    def by(
+        cls,
+        rotations: RelaxedSigns,
+        trained: Retrained,
+        found: Tensor | None,
+        generator: torch.Generator,
+    ) -> "Known":
+        """Weigh what trainings gave.
+
+        Args:
+            rotations: the adapter's.
+            trained: what the trainings gave.
+            found: the signs that are known best (±1, modules × r), which tell the noise; None:
+                those that agree best.
+            generator: draws shuffles.
+        """
+        stored = rotations.stored.cpu()
+        related = kinship(rotations, trained.whole, generator)
+        if found is None:
+            found = synchronized(rotations.paired(trained.whole * stored))
+        there = stored * couplings(found)
+
+        def weighted(here: Tensor, trust: Tensor) -> Tensor:
+            shared = (there * here).sum((1, 2)) / here.square().sum((1, 2)).clamp_min(1e-30)
+            rest = (there - shared[:, None, None] * here).square().mean((1, 2))
+            least = _LEAST_NOISE * there.square().mean((1, 2))
+            trust = trust * shared.clamp_min(0) / torch.maximum(rest, least).clamp_min(1e-30)
+            return trust[:, None, None] * here
+
+        discounts = related.discounts()
+        here = weighted(trained.whole, discounts)
+        if trained.beside is not None:
+            here = here + weighted(trained.beside, (discounts > 0).to(here.dtype))
+        return cls(found, rotations.paired(here * stored), related)
+
+    def change(self, layer: int, before: Tensor, after: Tensor) -> float:
+        """What it costs in nats, by the trainings alone, to give a layer other signs (±1, r)."""
+        weights = self.weights[layer]
+        return float((before @ weights @ before - after @ weights @ after) / 2)
+
+
+def synchronized(weights: Tensor) -> Tensor:
+    """Signs d for which Σ wᵢⱼ dᵢ dⱼ is largest, as far as eigenvectors and flips find them.
+
+    Args:
+        weights: symmetric, modules × r × r.
+
+    Returns:
+        ±1, modules × r, float32.
+    """
+    weights = weights.double() - torch.diag_embed(weights.double().diagonal(dim1=1, dim2=2))
+    leading = torch.linalg.eigh(weights).eigenvectors[..., -_STARTS:].mT  # modules × starts × r
+    signs = torch.where(leading < 0, -1.0, 1.0).to(weights)
+    for _ in range(_MOST_FLIPS):
+        gains = -signs * (signs @ weights)
+        gain, place = gains.max(-1, keepdim=True)
+        if not (gain > 1e-12).any():
+            break
+        turned = torch.where(gain > 1e-12, -1.0, 1.0).to(signs)
+        signs = signs.scatter_reduce(-1, place, turned, "prod")
+    values = ((signs @ weights) * signs).sum(-1)
+    best = values.argmax(1)
+    return signs[torch.arange(len(signs)), best].float()
