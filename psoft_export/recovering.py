@@ -157,11 +157,11 @@ def recover(
 ) -> RecoveryReport:
     """Find the signs of an adapter's basis by the loss of its task, and record them.
 
-    The signs that the SVDs of this machine give are tried first. Then searches by gradients, from
-    the best of them and from nothing, must agree; what they found is bettered flip by flip
-    (docs/recovery.md). One example in five is held out. A
-    record of kind `signs` is written only where the verdict is `recovered`, and says in its
-    metadata that its signs come from data.
+    The signs that the SVDs of this machine give are tried first. Then two searches, which train
+    the adapter again for a few steps and go on by gradients, must agree; what they found is
+    bettered flip by flip (docs/recovery.md). One example in five is held out. A record of kind
+    `signs` is written only where the verdict is `recovered`, and says in its metadata that its
+    signs come from data.
 
     A search that was interrupted, or that recovered only a part, goes on where it was when it is
     called again with the same cache and arguments, but perhaps more steps or time.
@@ -175,9 +175,9 @@ def recover(
         output: folder for a copy of the adapter with the record; the adapter then stays as it is.
         labels: names of the classes in the order of the head; default: the config's.
         window: tokens of an example; default: 256, or as many as the model takes.
-        steps: gradient steps at most, of all searches; default: 1080.
+        steps: gradient steps at most, of all searches; default: 1360.
         time_limit: seconds, in place of `steps`; the searches take half of them at most, if the
-            fewest steps that can be checked (180 from a reading, else 360) do not take more.
+            fewest steps that can be checked (340) do not take more.
         readings: names of the SVDs to try (`cpu`, `cpu-float64`, `cpu-transposed`, `numpy`; with
             CUDA also `cuda`, `cuda-gesvd`, `cuda-gesvdj`, `cuda-gesvda`); default: all.
         random_start: try no SVDs, and search from nothing.

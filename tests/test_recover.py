@@ -39,12 +39,13 @@ from psoft_export.recovery.readings import known_readings, own_reading, read_sig
 from psoft_export.recovery.retraining import (
     Batches,
     Known,
+    Mean,
     Parts,
     Retrained,
     retrained_beside,
     synchronized,
 )
-from psoft_export.recovery.run import CYCLE_STEPS, LEAST_STEPS, Outcome, RecoveryRun
+from psoft_export.recovery.run import LEAST_STEPS, STEPS_OF_LATER, Outcome, RecoveryRun
 from psoft_export.recovery.run import STEPS as DEFAULT_STEPS
 from psoft_export.recovery.search import Cycle, SignSearch, Step
 from psoft_export.recovery.significance import least_sure
@@ -57,7 +58,8 @@ from tests.machines import numpy_svd, pretend
 from tests.models import save_adapter
 from tests.planted import Planted, plant, told_nothing
 
-STEPS = LEAST_STEPS + 2 * CYCLE_STEPS
+STEPS = LEAST_STEPS + STEPS_OF_LATER
+FIRST_CYCLE = 140
 CPU = torch.device("cpu")
 
 
@@ -224,7 +226,7 @@ def test_a_training_tells_signs_and_how_surely(noise: float) -> None:
     rotations = skewed(8, 48)
     truth = torch.randint(2, (8, 48)) * 2.0 - 1
     whole = 0.1 * noisy(rotations.coupled(couplings(truth)), noise)
-    known = Known.by(rotations, Retrained(whole), None, torch.Generator())  # type: ignore[arg-type]
+    known = Known.by(rotations, Retrained(Mean(whole, 1)), None, torch.Generator())
     every = torch.ones(8, 48, dtype=torch.bool)
     assert agreement(known.signs, truth, every) > (0.999 if noise < 1 else 0.98)
     assert known.related.errors > 20
@@ -242,7 +244,7 @@ def test_a_training_tells_signs_and_how_surely(noise: float) -> None:
 def test_a_training_that_agrees_by_chance_says_nothing() -> None:
     torch.manual_seed(5)
     rotations, other = skewed(8, 48), skewed(8, 48)
-    known = Known.by(rotations, Retrained(other.stored), None, torch.Generator())
+    known = Known.by(rotations, Retrained(Mean(other.stored, 1)), None, torch.Generator())
     assert known.related.found.mean() > 0.1  # the signs are those that agree best
     assert abs(known.related.errors) < 5
     assert not known.weights.any()
@@ -252,7 +254,7 @@ def test_a_module_that_nothing_is_known_of_is_left_to_the_loss() -> None:
     torch.manual_seed(6)
     rotations, other = skewed(8, 48), skewed(1, 48)
     whole = torch.cat([rotations.stored[:7], other.stored])
-    known = Known.by(rotations, Retrained(whole), None, torch.Generator())
+    known = Known.by(rotations, Retrained(Mean(whole, 1)), None, torch.Generator())
     assert not known.weights[7].any()
     assert known.weights[:7].abs().amax((1, 2)).min() > 0
 
@@ -272,10 +274,10 @@ def test_rows_are_trained_beside_the_others_as_they_were_found() -> None:
     wrong[:, 4] *= -1
     generator = torch.Generator().manual_seed(0)
     batches = Batches(range(30), 5, generator)  # type: ignore[arg-type]
-    came = retrained_beside(loss, batches, 6, lambda _: None, Parts(wrong, 3, generator))
-    assert len(seen) == 18
+    came = retrained_beside(loss, batches, lambda _: None, Parts(wrong, 3, generator))
+    assert len(seen) == 3 * 40
     trained = torch.zeros(3, 9, 9, dtype=torch.int64)
-    for first in seen[::6]:
+    for first in seen[::40]:
         is_free = first == 0
         assert torch.equal(first[~is_free], couplings(wrong)[~is_free])
         trained += is_free
@@ -295,14 +297,21 @@ def test_batches_take_every_example_in_turn() -> None:
 def test_the_search_finds_planted_signs(noise: float) -> None:
     truth = torch.randint(2, (4, 9)) * 2.0 - 1
     loss: Any = Couplings(truth, noise)
-    search = SignSearch(loss, range(30), [Cycle("one", 60)] * 2, matters=loss.every, rows=5, seed=1)  # type: ignore[arg-type]
+    search = SignSearch(
+        loss,
+        range(30),
+        [Cycle("one", trainings=2, growth=30)] * 2,
+        matters=loss.every,
+        rows=5,
+        seed=1,
+    )  # type: ignore[arg-type]
     steps: list[Step] = []
     for count in (1, 2):
         search.run_cycle(steps.append)
         assert agreement(search.state.found["one"], truth, loss.every) == 1
-        assert search.steps == search.state.steps == len(steps) == 60 * count
+        assert search.steps == search.state.steps == len(steps) == 110 * count
         assert steps[-1].undecided == 0
-        assert search.state.trained["one"].turns == count - 1
+        assert search.state.trained["one"].whole.count == 2 * count
     assert steps[0].undecided is None
 
 
@@ -318,7 +327,8 @@ def test_signs_grow_by_the_loss_where_no_training_tells_any() -> None:
 def test_a_search_goes_on_where_it_was_and_repeats_by_its_seed(tmp_path: Path) -> None:
     truth = torch.randint(2, (3, 8)) * 2.0 - 1
     loss: Any = Couplings(truth, noise=0.03)
-    plan = [Cycle(name, 20) for name in ("one", "other", "one", "other")]
+    # Six trainings of all rows, then those of parts.
+    plan = [Cycle(name, trainings=2, growth=10) for name in ("one", "other")] * 4
 
     def run_on(search: SignSearch, until: int) -> SignSearch:
         while search.state.done < until:
@@ -330,19 +340,20 @@ def test_a_search_goes_on_where_it_was_and_repeats_by_its_seed(tmp_path: Path) -
         return SignSearch(loss, range(30), plan, **shared, **options)  # type: ignore[arg-type]
 
     file = StateFile(tmp_path, "00")
-    for done in (2, 3):
+    for done in (2, 7):
         file.write(run_on(new(), done).state)
         kept = file.read()
         assert kept is not None
-        resumed, straight = run_on(new(state=kept), 4), run_on(new(), 4)
+        resumed, straight = run_on(new(state=kept), 8), run_on(new(), 8)
         assert set(resumed.state.found) == {"one", "other"}
         for name, signs in straight.state.found.items():
             assert torch.equal(resumed.state.found[name], signs)
             ours, theirs = resumed.state.trained[name], straight.state.trained[name]
-            assert ours.turns == theirs.turns == 1
-            assert torch.equal(ours.whole, theirs.whole)
+            assert ours.whole.count == theirs.whole.count == 6
+            assert torch.equal(ours.whole.value, theirs.whole.value)
             assert ours.beside is not None and theirs.beside is not None
-            assert torch.equal(ours.beside, theirs.beside)
+            assert ours.beside.count == theirs.beside.count == 1
+            assert torch.equal(ours.beside.value, theirs.beside.value)
         assert resumed.state.moved == straight.state.moved
         assert torch.equal(resumed.state.generator, straight.state.generator)
         assert resumed.steps == straight.steps == resumed.state.steps
@@ -355,7 +366,7 @@ def test_a_slope_that_is_not_finite_stops_a_search() -> None:
     loss: Any = Couplings(truth)
     loss.noise[7] = math.nan
     shared: dict[str, Any] = {"matters": loss.every, "rows": 5, "seed": 1}
-    search = SignSearch(loss, range(30), [Cycle("one", 20)], **shared)  # type: ignore[arg-type]
+    search = SignSearch(loss, range(30), [Cycle("one", trainings=2, growth=10)], **shared)  # type: ignore[arg-type]
     with pytest.raises(NonFiniteError, match="its slope, is NaN or infinite"):
         search.run_cycle(lambda _: None)
     with pytest.raises(NonFiniteError, match="its slope, is NaN or infinite"):
@@ -457,7 +468,7 @@ def test_a_start_that_is_right_is_taken_as_it_is() -> None:
     task = Searched()
     found = task.run({"bad": -task.wrong((0, 1), (1, 2), (2, 3)).cumprod(1), "good": task.truth})
     assert found.start_name == "good"
-    assert found.steps == CYCLE_STEPS
+    assert found.steps == FIRST_CYCLE
     assert found.holds
     assert torch.equal(found.polished.signs, task.truth)
 
@@ -465,7 +476,7 @@ def test_a_start_that_is_right_is_taken_as_it_is() -> None:
 def test_a_start_with_a_few_wrong_signs_is_searched_on() -> None:
     task = Searched()
     found = task.run({"near": task.wrong((0, 1), (1, 2), (2, 3))})
-    assert found.steps > CYCLE_STEPS
+    assert found.steps > FIRST_CYCLE
     assert not found.holds
     assert agreement(found.polished.signs, task.truth, task.loss.every) == 1
     assert found.start is not None
@@ -480,13 +491,13 @@ def test_searches_that_disagree_go_on_as_far_as_they_may(tmp_path: Path) -> None
     found = task.run(start, **options)
     state = file.read()
     assert state is not None and state.found.keys() == {"first", "second"}
-    assert (found.steps, state.steps) == (LEAST_STEPS, 2 * CYCLE_STEPS)
+    assert (found.steps, state.steps) == (LEAST_STEPS, 2 * FIRST_CYCLE)
     assert not found.is_below_base
-    again = task.run(start, **options | {"steps": LEAST_STEPS + 2 * CYCLE_STEPS})
+    again = task.run(start, **options | {"steps": STEPS})
     assert any("going on after 2 cycles" in text for text in task.told)
     state = file.read()
     assert state is not None and state.done == 4
-    assert again.steps == LEAST_STEPS + 2 * CYCLE_STEPS
+    assert again.steps == STEPS
 
 
 def test_searches_that_agree_stop() -> None:
@@ -624,7 +635,7 @@ def test_training_by_another_library_needs_no_search(
     report = recovered(planted, elsewhere, random_start=False)
     assert report.verdict == "recovered", report.reason
     assert report.start == "numpy"
-    assert report.steps == CYCLE_STEPS  # of the search that it is checked by
+    assert report.steps == FIRST_CYCLE  # of the search that it is checked by
     assert set(report.readings) == set(known_readings(CPU))
 
 
@@ -840,7 +851,7 @@ def test_what_has_no_signs_to_recover_is_refused(
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "steps": ({"steps": 60}, "steps 60: at least 270 are needed"),
+    "steps": ({"steps": 60}, "steps 60: at least 340 are needed"),
     "both limits": ({"time_limit": 5.0}, "steps and time: give one of them"),
     "time": ({"steps": None, "time_limit": -1.0}, "time -1: a number of seconds above 0"),
     "batch": ({"batch": 0}, "batch 0: at least 1"),

@@ -28,8 +28,10 @@ from psoft_export.algebra.relaxed_signs import RelaxedSigns, couplings
 from psoft_export.recovery.examples import Example
 from psoft_export.recovery.task_loss import TaskLoss, not_finite
 
-_RATE = 0.2  # of the mean size of the adapter's generators, a step
-_WARM_UP = 10  # steps
+STEPS = 40
+ROWS = 4  # examples in a step: noise that differs from training to training, and averages out
+_RATE = 0.15  # of the mean size of the adapter's generators, a step
+_WARM_UP = 5  # steps
 _BETAS = (0.9, 0.99)
 _SHUFFLES = 4
 _SURE = 2.0  # standard deviations of chance beyond which a layer agrees
@@ -62,49 +64,57 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Retrained:
-    """Generators that training gave, in the basis at hand (modules × r × r, float32, CPU).
+class Mean:
+    """A mean that more can be added to.
 
     Attributes:
-        whole: the mean of what came of all rows, from nothing.
-        beside: the mean of what came of a part of the rows at a time, beside others that were
-            found; None: not done.
-        turns: how many turns through all rows `beside` is the mean of.
+        value: of all so far (modules × r × r, float32, CPU).
+        count: how many.
     """
 
-    whole: Tensor
-    beside: Tensor | None = None
-    turns: int = 0
+    value: Tensor
+    count: int
 
-    def and_beside(self, other: Tensor) -> "Retrained":
-        """With one more turn through all rows."""
-        if self.beside is None:
-            return Retrained(self.whole, other, 1)
-        mean = (self.turns * self.beside + other) / (self.turns + 1)
-        return Retrained(self.whole, mean, self.turns + 1)
+    def with_mean(self, other: "Mean | None") -> "Mean":
+        """Of the two together."""
+        if other is None:
+            return self
+        count = self.count + other.count
+        return Mean((self.count * self.value + other.count * other.value) / count, count)
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """Generators that training gave, in the basis at hand.
+
+    Attributes:
+        whole: of all rows, from nothing.
+        beside: of a part of the rows at a time, beside others that were found; counted are the
+            turns through all rows. None: not done.
+    """
+
+    whole: Mean
+    beside: Mean | None = None
 
     def and_those_of(self, other: "Retrained") -> "Retrained":
-        """The means of two, each over as many turns as the other."""
-        both = (self.beside, other.beside)
-        beside = None if both[0] is None or both[1] is None else (both[0] + both[1]) / 2
-        return Retrained((self.whole + other.whole) / 2, beside, self.turns + other.turns)
+        """Of two searches."""
+        beside = other.beside if self.beside is None else self.beside.with_mean(other.beside)
+        return Retrained(self.whole.with_mean(other.whole), beside)
 
 
 def retrained(
     loss: TaskLoss,
     batches: Iterator[list[Example]],
-    steps: int,
     note: Callable[[float], None],
     *,
     free: Tensor | None = None,
     beside: Tensor | None = None,
 ) -> Tensor:
-    """Generators after a few steps of Adam (arXiv 1412.6980) from zero (modules × r × r, CPU).
+    """Generators after `STEPS` of Adam (arXiv 1412.6980) from zero (modules × r × r, CPU).
 
     Args:
         loss: the task's loss.
         batches: examples of each step.
-        steps: how many.
         note: told the loss of each batch, in nats a target.
         free: which entries are trained (bool, modules × r × r); None: all.
         beside: generators that the others keep.
@@ -116,7 +126,7 @@ def retrained(
     rate = _RATE * float(stored.abs().mean())
     position, first, second = (torch.zeros_like(stored) for _ in range(3))
     decay, decay_second = _BETAS
-    for step, batch in zip(range(1, steps + 1), batches, strict=False):
+    for step, batch in zip(range(1, STEPS + 1), batches, strict=False):
         here = position if free is None or beside is None else torch.where(free, position, beside)
         here = here.detach().requires_grad_(True)
         sums, counts = loss.loss(batch, here)
@@ -152,7 +162,6 @@ class Parts:
 def retrained_beside(
     loss: TaskLoss,
     batches: Iterator[list[Example]],
-    steps: int,
     note: Callable[[float], None],
     parts: Parts,
 ) -> Tensor:
@@ -161,7 +170,6 @@ def retrained_beside(
     Args:
         loss: the task's loss.
         batches: examples of each step.
-        steps: of each part.
         note: told the loss of each batch, in nats a target.
         parts: the rows.
 
@@ -176,7 +184,7 @@ def retrained_beside(
     for part in range(count):
         inside = part_of == part
         free = inside[:, :, None] | inside[:, None, :]
-        here = retrained(loss, batches, steps, note, free=free, beside=found)
+        here = retrained(loss, batches, note, free=free, beside=found)
         came += here * free.cpu()
     of_two = (part_of[:, :, None] != part_of[:, None, :]).cpu()
     return torch.where(of_two, came / 2, came)
@@ -246,7 +254,7 @@ class Known:
     """What trainings say of signs.
 
     Attributes:
-        signs: those that agree with them best, or what was found already (±1, modules × r).
+        signs: those that agree with them best (±1, modules × r).
         weights: what they say of each pair of signs (modules × r × r, symmetric, float32): signs d
             lose −½ Σ wᵢⱼ dᵢ dⱼ nats. Zero for a module of which they say nothing.
         related: how far they agree with the adapter.
@@ -274,9 +282,9 @@ class Known:
             generator: draws shuffles.
         """
         stored = rotations.stored.cpu()
-        related = kinship(rotations, trained.whole, generator)
+        related = kinship(rotations, trained.whole.value, generator)
         if found is None:
-            found = synchronized(rotations.paired(trained.whole * stored))
+            found = synchronized(rotations.paired(trained.whole.value * stored))
         there = stored * couplings(found)
 
         def weighted(here: Tensor, trust: Tensor) -> Tensor:
@@ -287,10 +295,11 @@ class Known:
             return trust[:, None, None] * here
 
         discounts = related.discounts()
-        here = weighted(trained.whole, discounts)
+        here = weighted(trained.whole.value, discounts)
         if trained.beside is not None:
-            here = here + weighted(trained.beside, (discounts > 0).to(here.dtype))
-        return cls(found, rotations.paired(here * stored), related)
+            here = here + weighted(trained.beside.value, (discounts > 0).to(here.dtype))
+        weights = rotations.paired(here * stored)
+        return cls(synchronized(weights), weights, related)
 
     def change(self, layer: int, before: Tensor, after: Tensor) -> float:
         """What it costs in nats, by the trainings alone, to give a layer other signs (±1, r)."""

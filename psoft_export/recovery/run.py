@@ -18,13 +18,15 @@ from psoft_export.recovery.significance import is_below
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import Losses, TaskLoss
 
-STEPS = 1080
+STEPS = 1360
 ROWS = 16  # examples at a time where nothing is learnt
-CYCLE_STEPS = 105
+_FIRST, _SECOND = "first", "second"  # searches
+_EARLY = [Cycle(name, trainings=2, growth=60) for name in (_FIRST, _SECOND)]
+_LATER = [Cycle(name, trainings=4, growth=95) for name in (_FIRST, _SECOND)]
 _CLOSING_STEPS = 60
-LEAST_STEPS = 2 * CYCLE_STEPS + _CLOSING_STEPS  # one cycle of each of the two searches
+LEAST_STEPS = sum(cycle.steps for cycle in _EARLY) + _CLOSING_STEPS
+STEPS_OF_LATER = sum(cycle.steps for cycle in _LATER)
 _MOST_STEPS = 24_000  # within a time limit
-_FIRST, _SECOND = "first", "second"
 _STEPS_BETWEEN_NOTES = 20
 _RETURNED = 0.97  # of the signs that matter must be found alike by two searches
 _HOLDS = 0.5  # of what signs agree in beyond chance, if one has never seen the data
@@ -225,7 +227,7 @@ class RecoveryRun:
         if state.done < 2 or state.done % 2:
             return False  # both searches have as many cycles
         agreeing = agreement(state.found[_FIRST], state.found[_SECOND], self._matters)
-        ends = time.monotonic() + 2 * CYCLE_STEPS * self._step_seconds
+        ends = time.monotonic() + STEPS_OF_LATER * self._step_seconds
         return agreeing >= _SAME or ends > self._search_ends
 
     def _keep(self, state: SearchState) -> None:
@@ -286,5 +288,4 @@ class RecoveryRun:
 
 def _planned(steps: int) -> list[Cycle]:
     """Cycles of two searches in turns, that take so many steps at most, or the fewest there are."""
-    rounds = max(1, (steps - _CLOSING_STEPS) // (2 * CYCLE_STEPS))
-    return [Cycle(name, CYCLE_STEPS) for name in (_FIRST, _SECOND)] * rounds
+    return _EARLY + _LATER * max(0, (steps - LEAST_STEPS) // STEPS_OF_LATER)

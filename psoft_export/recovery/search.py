@@ -29,8 +29,11 @@ from psoft_export.algebra.relaxed_signs import vector_couplings
 from psoft_export.recovery.agreement import agreement
 from psoft_export.recovery.examples import Example
 from psoft_export.recovery.retraining import (
+    ROWS,
+    STEPS,
     Batches,
     Known,
+    Mean,
     Parts,
     Retrained,
     retrained,
@@ -38,8 +41,8 @@ from psoft_export.recovery.retraining import (
 )
 from psoft_export.recovery.task_loss import TaskLoss, not_finite
 
-_TRAININGS = 2  # of a cycle: from nothing, or of a part of the rows each
-_TRAINED = 0.38  # of a cycle's steps
+_WHOLE = 6  # trainings from nothing, after which those of a part of the rows follow
+_PARTS = 2  # of the rows, in turns
 _DIMENSIONS = 16  # of a vector
 _NOISE = 0.1  # length of a vector at the start
 _KEPT = 0.07  # of that, along signs that are known
@@ -57,11 +60,18 @@ class Cycle:
 
     Attributes:
         search: name of the search that it goes on with.
-        steps: how many, of both.
+        trainings: how many, of `retraining.STEPS` steps each; even.
+        growth: steps of it.
     """
 
     search: str
-    steps: int
+    trainings: int
+    growth: int
+
+    @property
+    def steps(self) -> int:
+        """How many, of all of it."""
+        return self.trainings * STEPS + self.growth
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class SignSearch:
             examples: what is searched on.
             plan: the cycles, in order.
             matters: which signs do (bool, modules × r).
-            rows: examples in a step.
+            rows: examples in a step of growth.
             seed: of everything random.
             state: where to go on, of a search with the same arguments.
         """
@@ -153,18 +163,11 @@ class SignSearch:
             NonFiniteError: the loss, or its slope, is NaN or infinite.
         """
         cycle, state = self.plan[self.state.done], self.state
-        each = max(1, round(_TRAINED * cycle.steps / _TRAININGS))
-        before = state.found.get(cycle.search)
-        batches, told = self._batches(), self._noting(note)
-        if before is None:
-            trainings = [retrained(self._loss, batches, each, told) for _ in range(_TRAININGS)]
-            trained = Retrained(torch.stack(trainings).mean(0))
-        else:
-            parts = Parts(before, _TRAININGS, self._generator)
-            beside = retrained_beside(self._loss, batches, each, told, parts)
-            trained = state.trained[cycle.search].and_beside(beside)
+        trained, before = state.trained.get(cycle.search), state.found.get(cycle.search)
+        more = self._trained_again(cycle, trained, before, note)
+        trained = more if trained is None else trained.and_those_of(more)
         known = Known.by(self._loss.rotations, trained, before, self._generator)
-        grown = self.grown(known, cycle.steps - _TRAININGS * each, note)
+        grown = self.grown(known, cycle.growth, note)
         self.state = SearchState(
             self._generator.get_state(),
             state.done + 1,
@@ -182,8 +185,26 @@ class SignSearch:
             trained = trained.and_those_of(other)
         return Known.by(self._loss.rotations, trained, signs, self._generator)
 
-    def _batches(self) -> Batches:
-        return Batches(self._examples, self._rows, self._generator)
+    def _batches(self, rows: int) -> Batches:
+        return Batches(self._examples, min(rows, len(self._examples)), self._generator)
+
+    def _trained_again(
+        self,
+        cycle: Cycle,
+        before: Retrained | None,
+        signs: Tensor | None,
+        note: Callable[[Step], None],
+    ) -> Retrained:
+        """What the trainings of a cycle give, after others, and beside signs that were found."""
+        batches, told = self._batches(ROWS), self._noting(note)
+        if before is None or signs is None or before.whole.count < _WHOLE:
+            whole = [retrained(self._loss, batches, told) for _ in range(cycle.trainings)]
+            return Retrained(Mean(torch.stack(whole).mean(0), len(whole)))
+        parts = Parts(signs, _PARTS, self._generator)
+        turns = cycle.trainings // _PARTS
+        rows = [retrained_beside(self._loss, batches, told, parts) for _ in range(turns)]
+        nothing = Mean(torch.zeros_like(before.whole.value), 0)
+        return Retrained(nothing, Mean(torch.stack(rows).mean(0), turns))
 
     def _noting(self, note: Callable[[Step], None]) -> Callable[[float], None]:
         """What counts the steps of trainings, and tells of them."""
@@ -210,7 +231,7 @@ class SignSearch:
         weights = known.weights.to(device)
         moments = _LayerMoments(position)
         share = self._rows / len(self._examples)
-        for step, batch in zip(range(steps), self._batches(), strict=False):
+        for step, batch in zip(range(steps), self._batches(self._rows), strict=False):
             vectors = _bounded(position)
             coupled = vector_couplings(vectors)
             sums, counts = self._loss.loss(batch, rotations.coupled(coupled))

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from psoft_export.checkpoint.output import replacing_file
 from psoft_export.errors import OutputError
-from psoft_export.recovery.retraining import Retrained
+from psoft_export.recovery.retraining import Mean, Retrained
 from psoft_export.recovery.search import SearchState
 
 SUFFIX = ".search.safetensors"
@@ -34,10 +34,10 @@ class StateFile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata.get("format") != _FORMAT or metadata.get("key") != self._key:
                 return None
-            moved, turns = json.loads(metadata["moved"]), json.loads(metadata["turns"])
+            moved, counts = json.loads(metadata["moved"]), json.loads(metadata["counts"])
+            means = {name: Mean(tensors[name], count) for name, count in counts.items()}
             trained = {
-                name: Retrained(tensors[_WHOLE + name], tensors.get(_BESIDE + name), turns[name])
-                for name in moved
+                name: Retrained(means[_WHOLE + name], means.get(_BESIDE + name)) for name in moved
             }
             found = {name: tensors[_FOUND + name] for name in moved}
             done, steps = int(metadata["done"]), int(metadata["steps"])
@@ -51,12 +51,14 @@ class StateFile:
         Raises:
             OutputError: the folder cannot be written.
         """
-        tensors = {_GENERATOR: state.generator}
-        for name, signs in state.found.items():
-            trained = state.trained[name]
-            tensors |= {_FOUND + name: signs, _WHOLE + name: trained.whole}
+        means = {}
+        for name, trained in state.trained.items():
+            means[_WHOLE + name] = trained.whole
             if trained.beside is not None:
-                tensors[_BESIDE + name] = trained.beside
+                means[_BESIDE + name] = trained.beside
+        tensors = {name: mean.value for name, mean in means.items()}
+        tensors |= {_FOUND + name: signs for name, signs in state.found.items()}
+        tensors[_GENERATOR] = state.generator
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {
             "format": _FORMAT,
@@ -64,7 +66,7 @@ class StateFile:
             "done": str(state.done),
             "steps": str(state.steps),
             "moved": json.dumps(dict(state.moved)),
-            "turns": json.dumps({name: there.turns for name, there in state.trained.items()}),
+            "counts": json.dumps({name: mean.count for name, mean in means.items()}),
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
