@@ -89,7 +89,7 @@ class RecoveryReport:
         seconds: wall time.
         peak_bytes: largest memory of the process (on CUDA: of torch on the device).
         signs: module → the signs found, as a record would hold them, whatever the verdict.
-        evidence: module → what flipping each sign would cost the data, in nats (r, float64).
+        evidence: module → how many nats data and trainings speak for each sign with (r, float64).
     """
 
     verdict: Verdict
@@ -246,8 +246,10 @@ def recover(
     )
     polished = outcome.polished
     modules = tuple(
-        judged(module, costs, polished.targets, known.matters, len(known.cluster))
-        for (module, known), costs in zip(found.items(), polished.costs, strict=True)
+        judged(module, costs, told, polished.targets, known.matters, len(known.cluster))
+        for (module, known), costs, told in zip(
+            found.items(), polished.costs, polished.told, strict=True
+        )
     )
     verdict, reason = judge(outcome, modules)
     settled = settled_share(modules)
@@ -285,7 +287,7 @@ def recover(
         seconds=time.monotonic() - began,
         peak_bytes=_peak_bytes(on),
         signs=signs,
-        evidence=dict(zip(found, polished.costs, strict=True)),
+        evidence=dict(zip(found, polished.costs + polished.told, strict=True)),
     )
 
 

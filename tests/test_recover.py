@@ -230,6 +230,7 @@ def test_a_training_tells_signs_and_how_surely(noise: float) -> None:
     every = torch.ones(8, 48, dtype=torch.bool)
     assert agreement(known.signs, truth, every) > (0.999 if noise < 1 else 0.98)
     assert known.related.errors > 20
+    assert torch.allclose(known.of_flips(truth), known.of_flips(-truth))
     # What it costs to flip one sign is told as the noise has it: 2 (r − 1) / noise².
     costs = []
     for layer in range(8):
@@ -239,6 +240,7 @@ def test_a_training_tells_signs_and_how_surely(noise: float) -> None:
             costs.append(known.change(layer, truth[layer], flipped))
             assert known.change(layer, flipped, -truth[layer]) == pytest.approx(-costs[-1])
     assert sum(costs) / len(costs) == pytest.approx(2 * 47 / noise**2, rel=0.25)
+    assert known.of_flips(truth).mean() == pytest.approx(sum(costs) / len(costs) / 4)
 
 
 def test_a_training_that_agrees_by_chance_says_nothing() -> None:
@@ -516,7 +518,8 @@ def an_outcome(**changes: Any) -> Any:
         sums = mean + torch.tensor([-0.01, 0.0, 0.01] * 4, dtype=torch.float64)
         return Losses(sums, torch.ones(12, dtype=torch.float64))
 
-    polished = Polished(torch.ones(1, 8), torch.zeros(1, 8), 0, 1.0, 1000)
+    nothing = torch.zeros(1, 8)
+    polished = Polished(torch.ones(1, 8), nothing, nothing, 0, 1.0, 1000)
     usual = {"start": None, "readings": {}, "start_name": "", "steps": 360, "returned": 1.0}
     usual |= {"base": losses(3.0), "held_out": losses(1.0), "needed": 0.97, "holds": False}
     fields = usual | changes
@@ -524,6 +527,7 @@ def an_outcome(**changes: Any) -> Any:
 
 
 COSTS = torch.tensor([40.0, 40, 40, 40, 40, 40, 5, 0])
+NOTHING = torch.zeros(8)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +543,7 @@ def test_signs_that_the_data_speak_against_are_in_doubt(
 ) -> None:
     costs = COSTS.clone()
     costs[7] = -gain
-    module = judged("a", costs, 1000, torch.ones(8, dtype=torch.bool), 0)
+    module = judged("a", costs, NOTHING, 1000, torch.ones(8, dtype=torch.bool), 0)
     assert (module.settled, module.in_doubt, module.immaterial) == (6, 2, 0)
     assert module.at_stake == pytest.approx((gain + 5 / (1 + math.exp(5))) / 1000)
     found, why = judge(an_outcome(), [module])
@@ -547,8 +551,20 @@ def test_signs_that_the_data_speak_against_are_in_doubt(
     assert re.search(reason, why)
 
 
+def test_trainings_settle_what_the_data_leave_open() -> None:
+    told = torch.zeros(8)
+    told[6:] = torch.tensor([4.0, -2.0])
+    module = judged("a", COSTS, told, 1000, torch.ones(8, dtype=torch.bool), 0)
+    assert (module.settled, module.in_doubt) == (7, 1)
+    assert module.at_stake == 0  # which costs the data nothing
+    costs = COSTS.clone()
+    costs[7] = 3.0
+    module = judged("a", costs, told, 1000, torch.ones(8, dtype=torch.bool), 0)
+    assert module.at_stake == pytest.approx(3 / (1 + math.exp(3 - 2)) / 1000)
+
+
 def test_what_is_in_doubt_of_an_svd_that_holds_is_its_own() -> None:
-    module = judged("a", COSTS - 39, 1000, torch.ones(8, dtype=torch.bool), 0)
+    module = judged("a", COSTS - 39, NOTHING, 1000, torch.ones(8, dtype=torch.bool), 0)
     assert judge(an_outcome(), [module])[0] == "partly"
     found, why = judge(an_outcome(holds=True, start_name="cuda"), [module])
     assert found == "recovered"
@@ -559,7 +575,7 @@ def test_what_is_in_doubt_of_an_svd_that_holds_is_its_own() -> None:
 def test_what_does_not_matter_is_no_risk() -> None:
     costs = COSTS.clone()
     costs[7] = -500
-    module = judged("a", costs, 1000, torch.arange(8) < 6, out_of_reach=1)
+    module = judged("a", costs, NOTHING, 1000, torch.arange(8) < 6, out_of_reach=1)
     assert (module.settled, module.in_doubt, module.immaterial) == (6, 0, 1)
     assert judge(an_outcome(), [module])[0] == "recovered"
     found, why = judge(an_outcome(returned=0.96), [module])

@@ -246,6 +246,7 @@ class Polished:
         costs: what flipping each costs the training examples, in nats over all their targets
             (float64): measured where it was tried with these signs, else predicted. Where a gain
             was predicted and a part of the examples told against it, 0.
+        told: what flipping each costs by the trainings (`Known.of_flips`).
         flipped: how many flips of signs the polish kept.
         loss: what the training examples lose, in nats a target.
         targets: how many they have.
@@ -253,6 +254,7 @@ class Polished:
 
     signs: Tensor
     costs: Tensor
+    told: Tensor
     flipped: int
     loss: float
     targets: float
@@ -317,14 +319,15 @@ def polish(
         costs = FlipSlopes.at(loss, examples, trials.signs, rows).costs()
     for place, cost in measured.items():
         costs[place] = cost
-    return Polished(trials.signs, costs, flipped, trials.lost, trials.targets)
+    told = known.of_flips(trials.signs)
+    return Polished(trials.signs, costs, told, flipped, trials.lost, trials.targets)
 
 
 def unpolished(loss: TaskLoss, examples: Sequence[Example], signs: Tensor) -> Polished:
     """Signs of which none matters, as they are; arguments as of `polish`."""
     lost = loss.losses(examples, signs)
     costs = torch.zeros(signs.shape, dtype=torch.float64)
-    return Polished(signs, costs, 0, lost.mean, float(lost.counts.sum()))
+    return Polished(signs, costs, costs, 0, lost.mean, float(lost.counts.sum()))
 
 
 def _moves(slopes: FlipSlopes, signs: Tensor, known: Known) -> list[tuple[int, list[int]]]:

@@ -36,6 +36,7 @@ _BETAS = (0.9, 0.99)
 _SHUFFLES = 4
 _SURE = 2.0  # standard deviations of chance beyond which a layer agrees
 _RELATED = 5.0  # the same, of all layers together
+_TRUSTED = 0.25  # of what a row's entries say of its sign
 _LEAST_NOISE = 0.01  # of the square of the adapter's generators
 _STARTS = 4  # eigenvectors from which signs are sought
 _MOST_FLIPS = 2000
@@ -300,6 +301,21 @@ class Known:
             here = here + weighted(trained.beside.value, (discounts > 0).to(here.dtype))
         weights = rotations.paired(here * stored)
         return cls(synchronized(weights), weights, related)
+
+    def of_flips(self, signs: Tensor) -> Tensor:
+        """What flipping each sign alone costs, as far as trainings are trusted in that.
+
+        Entries of one row err alike, as they come from the same data, so that all of them together
+        say less than their sum: `_TRUSTED` of it, with which no fewer signs of the bundled adapters
+        are expected to be wrong than are.
+
+        Args:
+            signs: ±1, modules × r.
+
+        Returns:
+            Nats, modules × r, float64.
+        """
+        return 2 * _TRUSTED * (self.weights * couplings(signs)).sum(-1).double()
 
     def change(self, layer: int, before: Tensor, after: Tensor) -> float:
         """What it costs in nats, by the trainings alone, to give a layer other signs (±1, r)."""

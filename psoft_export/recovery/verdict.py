@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from psoft_export.recovery.polish import SETTLED
@@ -21,7 +22,7 @@ class RecoveredModule:
     Attributes:
         module: module path, as the adapter names it.
         rank: r.
-        settled: number of signs whose flip would cost the data 1000 : 1 or more.
+        settled: number of signs for which data and trainings speak 1000 : 1 or more.
         immaterial: number of signs whose flip changes ΔW by less than rounding W to its dtype.
         in_doubt: number of the others.
         at_stake: what those in doubt may cost, in nats a target: of each, what it costs if it is
@@ -40,22 +41,24 @@ class RecoveredModule:
 
 
 def judged(
-    module: str, costs: Tensor, targets: float, matters: Tensor, out_of_reach: int
+    module: str, costs: Tensor, told: Tensor, targets: float, matters: Tensor, out_of_reach: int
 ) -> RecoveredModule:
     """A module's signs in classes.
 
     Args:
         module: its path.
         costs: what flipping each sign costs the data, in nats over all targets (r).
+        told: what it costs by the trainings (r).
         targets: how many these are.
         matters: which signs do (bool, r).
         out_of_reach: how many vectors no sign pins down.
     """
-    settled = matters & (costs >= SETTLED)
+    evidence = costs + told
+    settled = matters & (evidence >= SETTLED)
     doubt = matters & ~settled
-    open_costs = costs[doubt].double()
-    # With cost c the data speak e^c : 1 for a sign; if it is wrong it costs |c|.
-    at_stake = float((open_costs.abs() / (1 + open_costs.exp())).sum()) / targets
+    # With evidence c data and trainings speak e^c : 1 for a sign; if it is wrong the data lose.
+    chances = torch.sigmoid(-evidence[doubt].double())
+    at_stake = float((costs[doubt].double().abs() * chances).sum()) / targets
     immaterial = len(costs) - int(matters.sum()) - out_of_reach
     counts = int(settled.sum()), immaterial, int(doubt.sum())
     return RecoveredModule(module, len(costs), *counts, at_stake, out_of_reach)
