@@ -28,8 +28,10 @@ from psoft_export.algebra.relaxed_signs import RelaxedSigns, couplings
 from psoft_export.recovery.examples import Example
 from psoft_export.recovery.task_loss import TaskLoss, not_finite
 
-STEPS = 40
-ROWS = 4  # examples in a step: noise that differs from training to training, and averages out
+TRAINING_STEPS = 40
+TRAINING_ROWS = (
+    4  # examples in a step: noise that differs from training to training, and averages out
+)
 _RATE = 0.15  # of the mean size of the adapter's generators, a step
 _WARM_UP = 5  # steps
 _BETAS = (0.9, 0.99)
@@ -111,7 +113,7 @@ def retrained(
     free: Tensor | None = None,
     beside: Tensor | None = None,
 ) -> Tensor:
-    """Generators after `STEPS` of Adam (arXiv 1412.6980) from zero (modules × r × r, CPU).
+    """Generators after `TRAINING_STEPS` of Adam (arXiv 1412.6980) from zero (modules × r × r, CPU).
 
     Args:
         loss: the task's loss.
@@ -127,7 +129,7 @@ def retrained(
     rate = _RATE * float(stored.abs().mean())
     position, first, second = (torch.zeros_like(stored) for _ in range(3))
     decay, decay_second = _BETAS
-    for step, batch in zip(range(1, STEPS + 1), batches, strict=False):
+    for step, batch in zip(range(1, TRAINING_STEPS + 1), batches, strict=False):
         here = position if free is None or beside is None else torch.where(free, position, beside)
         here = here.detach().requires_grad_(True)
         sums, counts = loss.loss(batch, here)

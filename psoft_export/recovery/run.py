@@ -194,11 +194,12 @@ class RecoveryRun:
     def _held(self, search: SignSearch, signs: Tensor) -> _Found | None:
         """A reading as it is, if it may be training's own; a search was beside it for a little.
 
-        It then loses less than signs that the data led to, though no data led to it; those are the
-        same but for what the data do not say; and there is no sign that the data speak against.
+        It then loses no more, beyond what chance would do, than signs that the data led to, though
+        no data led to it; those are the same but for what the data do not say; and there is no sign
+        that the data speak against.
         """
         found = search.state.found[_FIRST]
-        if self._loss.losses(self._train, found).mean < self._loss.losses(self._train, signs).mean:
+        if is_below(*(self._loss.losses(self._train, each) for each in (found, signs))):
             return None
         by_chance = agreement_by_chance(self._matters)
         needed = by_chance + _HOLDS * (1 - by_chance)

@@ -29,8 +29,8 @@ from psoft_export.algebra.relaxed_signs import vector_couplings
 from psoft_export.recovery.agreement import agreement
 from psoft_export.recovery.examples import Example
 from psoft_export.recovery.retraining import (
-    ROWS,
-    STEPS,
+    TRAINING_ROWS,
+    TRAINING_STEPS,
     Batches,
     Known,
     Mean,
@@ -60,7 +60,7 @@ class Cycle:
 
     Attributes:
         search: name of the search that it goes on with.
-        trainings: how many, of `retraining.STEPS` steps each; even.
+        trainings: how many, of `TRAINING_STEPS` steps each; even.
         growth: steps of it.
     """
 
@@ -71,7 +71,7 @@ class Cycle:
     @property
     def steps(self) -> int:
         """How many, of all of it."""
-        return self.trainings * STEPS + self.growth
+        return self.trainings * TRAINING_STEPS + self.growth
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class SignSearch:
         note: Callable[[Step], None],
     ) -> Retrained:
         """What the trainings of a cycle give, after others, and beside signs that were found."""
-        batches, told = self._batches(ROWS), self._noting(note)
+        batches, told = self._batches(TRAINING_ROWS), self._noting(note)
         if before is None or signs is None or before.whole.count < _WHOLE:
             whole = [retrained(self._loss, batches, told) for _ in range(cycle.trainings)]
             return Retrained(Mean(torch.stack(whole).mean(0), len(whole)))
