@@ -475,6 +475,20 @@ def test_a_start_that_is_right_is_taken_as_it_is() -> None:
     assert torch.equal(found.polished.signs, task.truth)
 
 
+def test_trainings_alone_turn_no_sign_of_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Searched()
+
+    def against(_: SignSearch, signs: Tensor) -> Known:
+        known = told_nothing(signs)
+        wrong = task.wrong((1, 5))
+        return replace(known, weights=1e3 * couplings(wrong))
+
+    monkeypatch.setattr(SignSearch, "known", against)
+    found = task.run({"good": task.truth})
+    assert found.holds
+    assert torch.equal(found.polished.signs, task.truth)
+
+
 def test_a_start_with_a_few_wrong_signs_is_searched_on() -> None:
     task = Searched()
     found = task.run({"near": task.wrong((0, 1), (1, 2), (2, 3))})

@@ -19,7 +19,7 @@ That is less noisy, as the others cannot fit the data's noise, and new where the
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -303,6 +303,10 @@ class Known:
             here = here + weighted(trained.beside.value, (discounts > 0).to(here.dtype))
         weights = rotations.paired(here * stored)
         return cls(synchronized(weights), weights, related)
+
+    def silent(self) -> "Known":
+        """The same, of trainings that say nothing."""
+        return replace(self, weights=torch.zeros_like(self.weights))
 
     def of_flips(self, signs: Tensor) -> Tensor:
         """What flipping each sign alone costs, as far as trainings are trusted in that.
