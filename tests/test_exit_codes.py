@@ -120,7 +120,16 @@ def recover(case: Case) -> list[str]:
     text = case.folder / "task.txt"
     text.write_text("".join(f"{n} + {n + 7} = {2 * n + 7}\n" for n in range(100, 190)))
     line = ["recover", "--base", str(case.base), "--adapter", str(case.adapter)]
-    line += ["--text", str(text), "--window", "48", "--batch", "2", "--steps", "270"]
+    line += [
+        "--text",
+        str(text),
+        "--window",
+        "48",
+        "--batch",
+        "2",
+        "--steps",
+        str(recovery_run.LEAST_STEPS),
+    ]
     return [*line, "--readings", "cpu"]
 
 
