@@ -194,12 +194,11 @@ class RecoveryRun:
     def _held(self, search: SignSearch, signs: Tensor) -> _Found | None:
         """A reading as it is, if it may be training's own; a search was beside it for a little.
 
-        It then loses no more, beyond what chance would do, than signs that the data led to, though
-        no data led to it; those are the same but for what the data do not say; and there is no sign
-        that the data speak against.
+        It then loses less than signs that the data led to, though no data led to it; those are the
+        same but for what the data do not say; and there is no sign that the data speak against.
         """
         found = search.state.found[_FIRST]
-        if is_below(*(self._loss.losses(self._train, each) for each in (found, signs))):
+        if self._loss.losses(self._train, found).mean < self._loss.losses(self._train, signs).mean:
             return None
         by_chance = agreement_by_chance(self._matters)
         needed = by_chance + _HOLDS * (1 - by_chance)
@@ -250,9 +249,9 @@ class RecoveryRun:
         """
         first, second = (search.state.found[name] for name in (_FIRST, _SECOND))
         self._tell("crossing the signs of two searches")
-        signs = first
+        signs, known = first, search.known(first)
         for other in (second, *others):
-            signs = crossed(self._loss, self._train, signs, other, search.known(signs))
+            signs = crossed(self._loss, self._train, signs, other, known)
         known = search.known(signs)
         self._tell(
             "trained again, generators agree with the adapter's "
