@@ -89,7 +89,7 @@ def told_nothing(signs: Tensor) -> Known:
     """Trainings that say nothing."""
     modules, rank = signs.shape
     nothing = torch.zeros(modules)
-    related = Kinship(nothing, nothing, torch.ones(modules))
+    related = Kinship(signs, nothing, nothing, torch.ones(modules))
     return Known(signs, torch.zeros(modules, rank, rank), related)
 
 

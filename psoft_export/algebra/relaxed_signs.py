@@ -38,9 +38,10 @@ class RelaxedSigns:
         stored = [
             skew_symmetric(p.weight, p.rank) if p.orthogonal else p.weight for p in parameters
         ]
-        self._matrices = torch.stack([m.to(device, torch.float32) for m in stored])
+        matrices = torch.stack([m.to(device, torch.float32) for m in stored])
         self._identity = torch.eye(first.rank, device=device)
-        self.stored = self._matrices.masked_fill(self._identity.bool(), 0)
+        self._diagonal = matrices.diagonal(dim1=1, dim2=2).clone()  # of a free R; of Q zero
+        self.stored = matrices.masked_fill(self._identity.bool(), 0)
         ones = torch.ones(first.rank)
         self._vector_a, self._vector_b = (
             torch.stack([(v if v is not None else ones).to(device, torch.float32) for v in vectors])
@@ -86,7 +87,7 @@ class RelaxedSigns:
         if self._orthogonal:
             core = turned_by(generators, self._series)
         else:
-            core = torch.where(self._identity.bool(), self._matrices, generators)
+            core = generators + torch.diag_embed(self._diagonal)
         turned = self._vector_b[:, :, None] * core * self._vector_a[:, None, :]
         return turned - self._identity
 

@@ -106,7 +106,7 @@ class FlipSlopes:
             known: what else costs something.
         """
         examples = len(self.entries)
-        told = 2 * known.weights[layer] * couplings(signs[layer])  # of negating couplings, in nats
+        told = known.of_couplings(signs)[layer]
         entries = torch.cat([self.entries[:, layer], told[None]]).permute(1, 2, 0).double()
         rank = len(entries)
 
@@ -182,8 +182,8 @@ class Trials:
     @property
     def lost_with_known(self) -> float:
         """The same over all targets, with what the signs lose by what is known of them."""
-        told = (self._known.weights * couplings(self.signs)).sum() / 2
-        return float(self._sums.sum()) - float(told)
+        told = sum(self._known.lost(layer, signs) for layer, signs in enumerate(self.signs))
+        return float(self._sums.sum()) + told
 
     def change(self, layer: int, signs: Tensor) -> Trial:
         """Give a layer other signs, if that gains `SETTLED` nats.
@@ -193,7 +193,7 @@ class Trials:
             signs: ±1 (r).
         """
         kept = self.signs[layer].clone()
-        told = self._known.change(layer, kept, signs)
+        told = self._known.lost(layer, signs) - self._known.lost(layer, kept)
         self.signs[layer] = signs
         sums = self._sums.clone()
         sums[::_SCREENED] = self._loss.losses(self._some, self.signs).sums
@@ -246,7 +246,7 @@ class Polished:
         costs: what flipping each costs the training examples, in nats over all their targets
             (float64): measured where it was tried with these signs, else predicted. Where a gain
             was predicted and a part of the examples told against it, 0.
-        told: what flipping each costs by the trainings (`Known.of_flips`).
+        told: what flipping each costs by the trainings (float64).
         flipped: how many flips of signs the polish kept.
         loss: what the training examples lose, in nats a target.
         targets: how many they have.
@@ -319,7 +319,7 @@ def polish(
         costs = FlipSlopes.at(loss, examples, trials.signs, rows).costs()
     for place, cost in measured.items():
         costs[place] = cost
-    told = known.of_flips(trials.signs)
+    told = known.of_couplings(trials.signs).sum(-1)
     return Polished(trials.signs, costs, told, flipped, trials.lost, trials.targets)
 
 

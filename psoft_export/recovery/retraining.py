@@ -78,6 +78,11 @@ class Mean:
     value: Tensor
     count: int
 
+    @classmethod
+    def of(cls, values: Sequence[Tensor]) -> "Mean":
+        """Of these."""
+        return cls(torch.stack(list(values)).mean(0), len(values))
+
     def with_mean(self, other: "Mean | None") -> "Mean":
         """Of the two together."""
         if other is None:
@@ -198,11 +203,13 @@ class Kinship:
     """How far generators trained here agree with the adapter's at the signs where they do best.
 
     Attributes:
-        found: correlation of each module's entries (modules).
+        signs: those at which they do (±1, modules × r).
+        found: correlation of each module's entries there (modules).
         by_chance: what it is of shuffled generators, in the mean (modules).
         spread: standard deviation of that (modules).
     """
 
+    signs: Tensor
     found: Tensor
     by_chance: Tensor
     spread: Tensor
@@ -231,25 +238,25 @@ def kinship(rotations: RelaxedSigns, whole: Tensor, generator: torch.Generator) 
     stored = rotations.stored.cpu()
     modules, rank, _ = stored.shape
 
-    def at_best(generators: Tensor) -> Tensor:
+    def at_best(generators: Tensor) -> tuple[Tensor, Tensor]:
         products = generators * whole
         signs = synchronized(rotations.paired(products))
         together = (products * couplings(signs)).sum((1, 2))
         sizes = generators.square().sum((1, 2)) * whole.square().sum((1, 2))
-        return together / sizes.sqrt().clamp_min(1e-30)
+        return signs, together / sizes.sqrt().clamp_min(1e-30)
 
     shuffled = []
     for _ in range(_SHUFFLES):
         order = torch.rand(modules, rank, generator=generator).argsort(1)
         rows = stored.gather(1, order[:, :, None].expand(-1, -1, rank))
-        shuffled.append(at_best(rows.gather(2, order[:, None, :].expand(-1, rank, -1))))
+        shuffled.append(at_best(rows.gather(2, order[:, None, :].expand(-1, rank, -1)))[1])
     chance = torch.stack(shuffled)
     # Of few shuffles a module's own spread is not known well; that of all is.
     spread = (chance - chance.mean(0)).square().sum() / (modules * (_SHUFFLES - 1))
     spread = spread.sqrt().clamp_min(1e-6).expand(modules)
     # The mean over the shuffles errs itself.
     spread = spread * math.sqrt(1 + 1 / _SHUFFLES)
-    return Kinship(at_best(stored), chance.mean(0), spread)
+    return Kinship(*at_best(stored), chance.mean(0), spread)
 
 
 @dataclass(frozen=True)
@@ -286,9 +293,7 @@ class Known:
         """
         stored = rotations.stored.cpu()
         related = kinship(rotations, trained.whole.value, generator)
-        if found is None:
-            found = synchronized(rotations.paired(trained.whole.value * stored))
-        there = stored * couplings(found)
+        there = stored * couplings(related.signs if found is None else found)
 
         def weighted(here: Tensor, trust: Tensor) -> Tensor:
             shared = (there * here).sum((1, 2)) / here.square().sum((1, 2)).clamp_min(1e-30)
@@ -308,25 +313,25 @@ class Known:
         """The same, of trainings that say nothing."""
         return replace(self, weights=torch.zeros_like(self.weights))
 
-    def of_flips(self, signs: Tensor) -> Tensor:
-        """What flipping each sign alone costs, as far as trainings are trusted in that.
+    def trusted(self) -> "Known":
+        """The same, as far as it is trusted where it decides alone.
 
         Entries of one row err alike, as they come from the same data, so that all of them together
         say less than their sum: `_TRUSTED` of it, with which no fewer signs of the bundled adapters
         are expected to be wrong than are.
-
-        Args:
-            signs: ±1, modules × r.
-
-        Returns:
-            Nats, modules × r, float64.
         """
-        return 2 * _TRUSTED * (self.weights * couplings(signs)).sum(-1).double()
+        return replace(self, weights=_TRUSTED * self.weights)
 
-    def change(self, layer: int, before: Tensor, after: Tensor) -> float:
-        """What it costs in nats, by the trainings alone, to give a layer other signs (±1, r)."""
-        weights = self.weights[layer]
-        return float((before @ weights @ before - after @ weights @ after) / 2)
+    def lost(self, module: int, signs: Tensor) -> float:
+        """What a module, by its index, loses at signs (±1, r), in nats."""
+        return -float(signs @ self.weights[module] @ signs) / 2
+
+    def of_couplings(self, signs: Tensor) -> Tensor:
+        """What negating each coupling costs, in nats (modules × r × r, float64).
+
+        The entries ij and ji are of one coupling, and each shows all of it.
+        """
+        return 2 * (self.weights * couplings(signs)).double()
 
 
 def synchronized(weights: Tensor) -> Tensor:
@@ -338,16 +343,19 @@ def synchronized(weights: Tensor) -> Tensor:
     Returns:
         ±1, modules × r, float32.
     """
-    weights = weights.double() - torch.diag_embed(weights.double().diagonal(dim1=1, dim2=2))
+    rank = weights.shape[-1]
+    weights = weights.double().masked_fill(torch.eye(rank, dtype=torch.bool), 0)
     leading = torch.linalg.eigh(weights).eigenvectors[..., -_STARTS:].mT  # modules × starts × r
     signs = torch.where(leading < 0, -1.0, 1.0).to(weights)
+    fields = signs @ weights
+    least = 1e-9 * weights.abs().amax((1, 2))[:, None, None]  # below it rounding alone flips
     for _ in range(_MOST_FLIPS):
-        gains = -signs * (signs @ weights)
-        gain, place = gains.max(-1, keepdim=True)
-        if not (gain > 1e-12).any():
+        gain, place = (-signs * fields).max(-1, keepdim=True)  # modules × starts × 1
+        flips = gain > least
+        if not flips.any():
             break
-        turned = torch.where(gain > 1e-12, -1.0, 1.0).to(signs)
-        signs = signs.scatter_reduce(-1, place, turned, "prod")
-    values = ((signs @ weights) * signs).sum(-1)
-    best = values.argmax(1)
+        turned = torch.where(flips, -2 * signs.gather(-1, place), 0)
+        signs = signs.scatter_add(-1, place, turned)
+        fields = fields + turned * weights.gather(1, place.expand(-1, -1, rank))
+    best = (fields * signs).sum(-1).argmax(1)
     return signs[torch.arange(len(signs)), best].float()

@@ -149,7 +149,6 @@ class RecoveryRun:
             self._loss,
             self._train,
             _planned(steps or (STEPS if time_limit is None else _MOST_STEPS)),
-            matters=self._matters,
             rows=self._rows,
             seed=self._seed,
             state=kept,
@@ -213,13 +212,15 @@ class RecoveryRun:
     def _run(self, search: SignSearch, until: int) -> None:
         """Run cycles, up to a number of them done, or until that is enough."""
         while search.state.done < until and not self._is_enough(search):
-            began, before = time.monotonic(), search.steps
+            name, before = search.plan[search.state.done].search, search.state
+            began = time.monotonic()
             state = search.run_cycle(self._note)
-            self._step_seconds = (time.monotonic() - began) / (search.steps - before)
-            name = search.plan[state.done - 1].search
-            self._tell(
-                f"recovering: {state.moved[name]:.1%} of the signs moved in cycle {state.done}"
-            )
+            self._step_seconds = (time.monotonic() - began) / (state.steps - before.steps)
+            told = f"recovering: cycle {state.done} of at most {len(search.plan)} is done"
+            if name in before.found:
+                moved = 1 - agreement(state.found[name], before.found[name], self._matters)
+                told += f", {moved:.1%} of the signs moved"
+            self._tell(told)
             self._keep(state)
 
     def _is_enough(self, search: SignSearch) -> bool:
@@ -249,17 +250,17 @@ class RecoveryRun:
         """
         first, second = (search.state.found[name] for name in (_FIRST, _SECOND))
         self._tell("crossing the signs of two searches")
-        signs, known = first, search.known(first)
+        signs, trusted = first, search.known(first).trusted()
         for other in (second, *others):
-            signs = crossed(self._loss, self._train, signs, other, known)
+            signs = crossed(self._loss, self._train, signs, other, trusted)
         known = search.known(signs)
         self._tell(
             "trained again, generators agree with the adapter's "
             f"{known.related.errors:.0f} standard errors better than by chance"
         )
         grown = search.grown(known, _CLOSING_STEPS, self._note)
-        signs = crossed(self._loss, self._train, signs, grown, known)
-        polished = self._polished(signs, known)
+        signs = crossed(self._loss, self._train, signs, grown, known.trusted())
+        polished = self._polished(signs, known.trusted())
         alike = torch.ones_like(self._matters)
         for found in (first, second):
             alike &= same_signs(polished.signs, found, self._matters)

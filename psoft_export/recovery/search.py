@@ -20,13 +20,12 @@ do. (A penalty that rises is how AdaRound, arXiv 2004.10568, rounds weights.)
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from psoft_export.algebra.relaxed_signs import vector_couplings
-from psoft_export.recovery.agreement import agreement
 from psoft_export.recovery.examples import Example
 from psoft_export.recovery.retraining import (
     TRAINING_ROWS,
@@ -82,8 +81,6 @@ class SearchState:
         done: number of cycles done.
         found: name of each search → its signs (±1, modules × r, float32, CPU).
         trained: name of each search → what its trainings gave.
-        moved: name of each search → share of its signs that matter which its last cycle changed;
-            in the first those that the trainings alone had otherwise.
         steps: gradient steps done.
         generator: state of the generator that everything random is drawn from.
     """
@@ -93,7 +90,6 @@ class SearchState:
     steps: int = 0
     found: Mapping[str, Tensor] = field(default_factory=dict)
     trained: Mapping[str, Retrained] = field(default_factory=dict)
-    moved: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,6 @@ class SignSearch:
         examples: Sequence[Example],
         plan: Sequence[Cycle],
         *,
-        matters: Tensor,
         rows: int,
         seed: int,
         state: SearchState | None = None,
@@ -138,7 +133,6 @@ class SignSearch:
             loss: the task's loss.
             examples: what is searched on.
             plan: the cycles, in order.
-            matters: which signs do (bool, modules × r).
             rows: examples in a step of growth.
             seed: of everything random.
             state: where to go on, of a search with the same arguments.
@@ -146,7 +140,6 @@ class SignSearch:
         self.plan = plan
         self._loss = loss
         self._examples = examples
-        self._matters = matters
         self._rows = min(rows, len(examples))
         self._generator = torch.Generator().manual_seed(seed)
         self.state = state or SearchState(self._generator.get_state())
@@ -164,8 +157,7 @@ class SignSearch:
         """
         cycle, state = self.plan[self.state.done], self.state
         trained, before = state.trained.get(cycle.search), state.found.get(cycle.search)
-        more = self._trained_again(cycle, trained, before, note)
-        trained = more if trained is None else trained.and_those_of(more)
+        trained = self._trained_again(cycle, trained, before, note)
         known = Known.by(self._loss.rotations, trained, before, self._generator)
         grown = self.grown(known, cycle.growth, note)
         self.state = SearchState(
@@ -174,7 +166,6 @@ class SignSearch:
             self.steps,
             {**state.found, cycle.search: grown},
             {**state.trained, cycle.search: trained},
-            {**state.moved, cycle.search: 1 - agreement(grown, known.signs, self._matters)},
         )
         return self.state
 
@@ -191,20 +182,21 @@ class SignSearch:
     def _trained_again(
         self,
         cycle: Cycle,
-        before: Retrained | None,
+        trained: Retrained | None,
         signs: Tensor | None,
         note: Callable[[Step], None],
     ) -> Retrained:
-        """What the trainings of a cycle give, after others, and beside signs that were found."""
+        """What the trainings of a cycle give, with those before it, beside signs found by then."""
         batches, told = self._batches(TRAINING_ROWS), self._noting(note)
-        if before is None or signs is None or before.whole.count < _WHOLE:
-            whole = [retrained(self._loss, batches, told) for _ in range(cycle.trainings)]
-            return Retrained(Mean(torch.stack(whole).mean(0), len(whole)))
+        if trained is None or signs is None or trained.whole.count < _WHOLE:
+            more = Mean.of([retrained(self._loss, batches, told) for _ in range(cycle.trainings)])
+            if trained is None:
+                return Retrained(more)
+            return replace(trained, whole=trained.whole.with_mean(more))
         parts = Parts(signs, _PARTS, self._generator)
-        turns = cycle.trainings // _PARTS
-        rows = [retrained_beside(self._loss, batches, told, parts) for _ in range(turns)]
-        nothing = Mean(torch.zeros_like(before.whole.value), 0)
-        return Retrained(nothing, Mean(torch.stack(rows).mean(0), turns))
+        turns = range(cycle.trainings // _PARTS)
+        rows = Mean.of([retrained_beside(self._loss, batches, told, parts) for _ in turns])
+        return replace(trained, beside=rows.with_mean(trained.beside))
 
     def _noting(self, note: Callable[[Step], None]) -> Callable[[float], None]:
         """What counts the steps of trainings, and tells of them."""

@@ -34,14 +34,18 @@ class StateFile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata.get("format") != _FORMAT or metadata.get("key") != self._key:
                 return None
-            moved, counts = json.loads(metadata["moved"]), json.loads(metadata["counts"])
+            counts = json.loads(metadata["counts"])
             means = {name: Mean(tensors[name], count) for name, count in counts.items()}
-            trained = {
-                name: Retrained(means[_WHOLE + name], means.get(_BESIDE + name)) for name in moved
+            found = {
+                name.removeprefix(_FOUND): signs
+                for name, signs in tensors.items()
+                if name.startswith(_FOUND)
             }
-            found = {name: tensors[_FOUND + name] for name in moved}
+            trained = {
+                name: Retrained(means[_WHOLE + name], means.get(_BESIDE + name)) for name in found
+            }
             done, steps = int(metadata["done"]), int(metadata["steps"])
-            return SearchState(tensors[_GENERATOR], done, steps, found, trained, moved)
+            return SearchState(tensors[_GENERATOR], done, steps, found, trained)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return None
 
@@ -65,7 +69,6 @@ class StateFile:
             "key": self._key,
             "done": str(state.done),
             "steps": str(state.steps),
-            "moved": json.dumps(dict(state.moved)),
             "counts": json.dumps({name: mean.count for name, mean in means.items()}),
         }
         try:
