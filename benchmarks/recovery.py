@@ -118,6 +118,8 @@ class Result:
         case: which.
         verdict: of `recover`.
         right: share of all signs that are right, each layer up to its sign as a whole.
+        wrong: number of the others.
+        expected_wrong: how many the evidence for each sign leads to expect.
         right_settled: share of those with as much evidence as settled ones have; None where no
             sign is settled.
         loss: on held-out text of the task, in nats a byte, with the signs found.
@@ -137,6 +139,8 @@ class Result:
     case: Case
     verdict: str
     right: float
+    wrong: int
+    expected_wrong: float
     right_settled: float | None
     loss: float
     true_loss: float
@@ -217,7 +221,8 @@ def _measured_in(folder: Path, case: Case) -> Result:
     )
     seconds = time.monotonic() - began
     right = torch.cat(list(right_signs(base, original, planted, dict(report.signs)).values()))
-    settled = torch.cat(list(report.evidence.values())) >= SETTLED
+    evidence = torch.cat(list(report.evidence.values()))
+    settled = evidence >= SETTLED
     loaded = psoft_export.load_adapter(original)
     assert isinstance(loaded, SubspaceAdapter)
     known = loaded.record
@@ -234,6 +239,8 @@ def _measured_in(folder: Path, case: Case) -> Result:
         case=case,
         verdict=report.verdict,
         right=float(right.float().mean()),
+        wrong=int((~right).sum()),
+        expected_wrong=float(torch.sigmoid(-evidence).sum()),
         right_settled=float(right[settled].float().mean()) if settled.any() else None,
         base_loss=losses[0],
         true_loss=losses[1],
@@ -276,10 +283,10 @@ def rows(results: Sequence[Result]) -> Iterator[str]:
     """A table of results, as Markdown."""
     yield (
         "| adapter | r | angle | signs of | text, KB | steps | seed | dtype | device | verdict | "
-        "right | right of settled | settled | found again | base | true signs | found | "
-        "above true | text prefers found, nats | minutes | memory, GB |"
+        "right | wrong | expected wrong | right of settled | settled | found again | base | "
+        "true signs | found | above true | text prefers found, nats | minutes | memory, GB |"
     )
-    yield "| --- | --: | --: | --- | --: | --: | --: | --- | --- | --- |" + " --: |" * 11
+    yield "| --- | --: | --: | --- | --: | --: | --: | --- | --- | --- |" + " --: |" * 13
     for r in results:
         c = r.case
         text = f"{c.kilobytes}" + (f" of `{c.text}`" if c.text else "")
@@ -287,8 +294,9 @@ def rows(results: Sequence[Result]) -> Iterator[str]:
         yield (
             f"| `{c.adapter}` | {r.rank} | {r.angle:.1f}° | {c.start} | {text} | "
             f"{r.steps} of {c.steps} | {c.seed} | {c.dtype} | {c.device} | {r.verdict} | "
-            f"{r.right:.1%} | {of_settled} | {r.settled:.1%} | {r.returned:.1%} | "
-            f"{r.base_loss:.3f} | {r.true_loss:.3f} | {r.loss:.3f} | {r.above_true:+.2%} | "
+            f"{r.right:.1%} | {r.wrong} | {r.expected_wrong:.1f} | {of_settled} | "
+            f"{r.settled:.1%} | {r.returned:.1%} | {r.base_loss:.3f} | {r.true_loss:.3f} | "
+            f"{r.loss:.3f} | {r.above_true:+.2%} | "
             f"{r.preferred:+.0f} | {r.seconds / 60:.1f} | {r.peak_bytes / 1e9:.1f} |"
         )
 
