@@ -40,9 +40,7 @@ from psoft_export.recovery.retraining import (
     Batches,
     Known,
     Mean,
-    Parts,
     Retrained,
-    retrained_beside,
     synchronized,
 )
 from psoft_export.recovery.run import LEAST_STEPS, STEPS_OF_LATER, Outcome, RecoveryRun
@@ -170,7 +168,10 @@ class Pairs:
 
 
 class Couplings:
-    """A loss whose least is known: each example adds up how well couplings fit planted ones."""
+    """A loss whose least is known: each example adds up how well couplings fit planted ones.
+
+    A teacher's couplings take the place of the planted ones, and have no noise.
+    """
 
     def __init__(self, truth: Tensor, noise: float = 0.0) -> None:
         self.truth = couplings(truth)
@@ -182,18 +183,46 @@ class Couplings:
         self.device = CPU
         self.mixes_examples = False
         modules, rank = truth.shape
-        self.rotations = Pairs((modules, rank))
+        self.rotations: Any = Pairs((modules, rank))
 
-    def loss(self, examples: Any, coupled: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, examples: Any, coupled: Tensor, teacher: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         rows = coupled if coupled.ndim == 4 else coupled.expand(len(examples), *coupled.shape)
-        away = self.weights * (1 - rows * self.truth) + self.noise[list(examples)] * rows
+        if teacher is not None:
+            away = self.weights * (1 - rows * teacher)
+        else:
+            away = self.weights * (1 - rows * self.truth) + self.noise[list(examples)] * rows
         return away.sum((1, 2, 3)), torch.ones(len(examples))
+
+    def generators(self, signs: Tensor) -> Tensor:
+        return self.rotations.coupled(couplings(signs))
+
+    def written(self, examples: Any, generators: Tensor, drawing: torch.Generator) -> Any:
+        return examples
 
     def losses(self, examples: Any, signs: Tensor | None) -> Any:
         shape = self.truth.shape[:2]
         coupled = couplings(signs if signs is not None else torch.zeros(shape))
         sums, counts = self.loss(examples, coupled)
         return Losses(sums.double(), counts.double())
+
+
+class Generators(Couplings):
+    """The same with generators as adapters have them, so that trainings can agree with them."""
+
+    def __init__(self, truth: Tensor, noise: float = 0.0) -> None:
+        super().__init__(truth, noise)
+        self.rotations = skewed(*truth.shape)
+        self.size = float(self.rotations.stored.abs().mean())
+
+    def loss(
+        self, examples: Any, coupled: Tensor, teacher: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        # All of one size, whatever the adapter's are.
+        shares = (coupled * self.rotations.stored.sign() / self.size).tanh()
+        taught = None if teacher is None else teacher.sign() * self.rotations.stored.sign()
+        return super().loss(examples, shares, taught)
 
 
 @pytest.mark.parametrize("rank", [2, 5, 9])
@@ -227,7 +256,7 @@ def test_a_training_tells_signs_and_how_surely(noise: float) -> None:
     rotations = skewed(8, 48)
     truth = torch.randint(2, (8, 48)) * 2.0 - 1
     whole = 0.1 * noisy(rotations.coupled(couplings(truth)), noise)
-    known = Known.by(rotations, Retrained(Mean(whole, 1)), None, torch.Generator())
+    known = Known.by(rotations, Retrained(Mean(whole, 1)), torch.Generator())
     every = torch.ones(8, 48, dtype=torch.bool)
     assert agreement(known.signs, truth, every) > (0.999 if noise < 1 else 0.98)
     assert known.related.errors > 20
@@ -247,7 +276,7 @@ def test_a_training_tells_signs_and_how_surely(noise: float) -> None:
 def test_a_training_that_agrees_by_chance_says_nothing() -> None:
     torch.manual_seed(5)
     rotations, other = skewed(8, 48), skewed(8, 48)
-    known = Known.by(rotations, Retrained(Mean(other.stored, 1)), None, torch.Generator())
+    known = Known.by(rotations, Retrained(Mean(other.stored, 1)), torch.Generator())
     assert known.related.found.mean() > 0.1  # the signs are those that agree best
     assert abs(known.related.errors) < 5
     assert not known.weights.any()
@@ -257,36 +286,9 @@ def test_a_module_that_nothing_is_known_of_is_left_to_the_loss() -> None:
     torch.manual_seed(6)
     rotations, other = skewed(8, 48), skewed(1, 48)
     whole = torch.cat([rotations.stored[:7], other.stored])
-    known = Known.by(rotations, Retrained(Mean(whole, 1)), None, torch.Generator())
+    known = Known.by(rotations, Retrained(Mean(whole, 1)), torch.Generator())
     assert not known.weights[7].any()
     assert known.weights[:7].abs().amax((1, 2)).min() > 0
-
-
-def test_rows_are_trained_beside_the_others_as_they_were_found() -> None:
-    truth = torch.randint(2, (3, 9)) * 2.0 - 1
-    loss: Any = Couplings(truth)
-    seen: list[Tensor] = []
-    measure = loss.loss
-
-    def noted(examples: Any, coupled: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(coupled.detach().clone())
-        return measure(examples, coupled)  # type: ignore[no-any-return]
-
-    loss.loss = noted
-    wrong = truth.clone()
-    wrong[:, 4] *= -1
-    generator = torch.Generator().manual_seed(0)
-    batches = Batches(range(30), 5, generator)  # type: ignore[arg-type]
-    came = retrained_beside(loss, batches, lambda _: None, Parts(wrong, 3, generator))
-    assert len(seen) == 3 * 40
-    trained = torch.zeros(3, 9, 9, dtype=torch.int64)
-    for first in seen[::40]:
-        is_free = first == 0
-        assert torch.equal(first[~is_free], couplings(wrong)[~is_free])
-        trained += is_free
-    assert trained.min() == 1 and trained.max() == 2
-    apart = 1 - torch.eye(9)
-    assert torch.equal(came.sign(), couplings(truth) * apart)
 
 
 def test_batches_take_every_example_in_turn() -> None:
@@ -322,9 +324,9 @@ def test_signs_grow_by_the_loss_where_no_training_tells_any() -> None:
 
 
 def test_a_search_goes_on_where_it_was_and_repeats_by_its_seed(tmp_path: Path) -> None:
-    truth = torch.randint(2, (3, 8)) * 2.0 - 1
-    loss: Any = Couplings(truth, noise=0.03)
-    # Six trainings of all rows, then those of parts.
+    torch.manual_seed(7)
+    truth = torch.randint(2, (3, 24)) * 2.0 - 1
+    loss: Any = Generators(truth, noise=0.03)
     plan = [Cycle(name, trainings=2, growth=10) for name in ("one", "other")] * 4
 
     def run_on(search: SignSearch, until: int) -> SignSearch:
@@ -346,15 +348,66 @@ def test_a_search_goes_on_where_it_was_and_repeats_by_its_seed(tmp_path: Path) -
         for name, signs in straight.state.found.items():
             assert torch.equal(resumed.state.found[name], signs)
             ours, theirs = resumed.state.trained[name], straight.state.trained[name]
-            assert ours.whole.count == theirs.whole.count == 6
+            assert ours.whole.count == theirs.whole.count == 2
             assert torch.equal(ours.whole.value, theirs.whole.value)
-            assert ours.beside is not None and theirs.beside is not None
-            assert ours.beside.count == theirs.beside.count == 1
-            assert torch.equal(ours.beside.value, theirs.beside.value)
+            assert ours.taught is not None and theirs.taught is not None
+            assert ours.taught.count == theirs.taught.count == 6
+            assert torch.equal(ours.taught.value, theirs.taught.value)
         assert torch.equal(resumed.state.generator, straight.state.generator)
         assert resumed.steps == straight.steps == resumed.state.steps
     file.path.write_bytes(file.path.read_bytes()[:-7])
     assert file.read() is None
+
+
+@pytest.mark.parametrize("is_its_task", [True, False])
+def test_only_a_model_of_the_adapters_task_teaches(
+    is_its_task: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(8)
+    truth = torch.randint(2, (3, 24)) * 2.0 - 1
+    loss: Any = Generators(truth)
+    if not is_its_task:
+        loss.truth = torch.randn(loss.truth.shape).sign()
+    taught: list[Tensor] = []
+
+    def written(examples: Any, generators: Tensor, _: torch.Generator) -> list[int]:
+        assert len(examples) == 192 and set(examples) == set(range(30))
+        taught.append(generators)
+        return [0, 1, 2, 3, 4]
+
+    monkeypatch.setattr(loss, "written", written)
+    plan = [Cycle("one", trainings=2, growth=20), Cycle("one", trainings=4, growth=20)]
+    search = SignSearch(loss, range(30), plan, rows=5, seed=1)  # type: ignore[arg-type]
+    signs = search.run_cycle(lambda _: None).found["one"]
+    trained = search.run_cycle(lambda _: None).trained["one"]
+    assert search.steps == 6 * 40 + 40
+    if is_its_task:
+        assert torch.equal(taught[0], loss.generators(signs)) and len(taught) == 1
+        assert trained.taught is not None
+        assert (trained.whole.count, trained.taught.count) == (2, 4)
+        known = search.known_again(truth, 2, lambda _: None)
+        assert torch.equal(taught[1], loss.generators(truth))
+        assert agreement(known.signs, truth, loss.every) == 1
+    else:
+        assert not taught and trained.taught is None
+        assert trained.whole.count == 6
+        assert not search.known().weights.any()
+
+
+def test_what_was_taught_is_weighed_without_what_was_not() -> None:
+    torch.manual_seed(9)
+    rotations, other = skewed(4, 32), skewed(4, 32)
+    truth = torch.randint(2, (4, 32)) * 2.0 - 1
+    found = rotations.coupled(couplings(truth))
+    whole, good = noisy(found, 3.0), noisy(found, 0.5)
+    generator = torch.Generator().manual_seed(1)
+    known = Known.by(rotations, Retrained(Mean(whole, 1), Mean(good, 1)), generator)
+    alone = Known.by(rotations, Retrained(Mean(good, 1)), generator)
+    assert torch.allclose(known.weights, alone.weights, rtol=0.02)
+    assert known.related.errors < alone.related.errors
+    # It was learnt from signs found, so that it agrees with them in any case.
+    unrelated = Retrained(Mean(other.stored, 1), Mean(good, 1))
+    assert not Known.by(rotations, unrelated, generator).weights.any()
 
 
 def test_a_slope_that_is_not_finite_stops_a_search() -> None:
@@ -472,8 +525,8 @@ def test_a_start_that_is_right_is_taken_as_it_is() -> None:
 def test_trainings_alone_turn_no_sign_of_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Searched()
 
-    def against(_: SignSearch, signs: Tensor) -> Known:
-        known = told_nothing(signs)
+    def against(_: SignSearch) -> Known:
+        known = told_nothing(task.truth)
         wrong = task.wrong((1, 5))
         return replace(known, weights=1e3 * couplings(wrong))
 

@@ -152,6 +152,113 @@ def test_each_example_may_have_signs_of_its_own(llama: Path, tmp_path: Path) -> 
         assert lost == pytest.approx(float(loss.losses([example], own).sums), rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])  # the others have a new head in the adapter
+def test_answers_of_a_teacher_take_the_place_of_targets(
+    family: str, base_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_folder(family)
+    adapter = save_adapter(family, base, tmp_path / "adapter")
+    psoft_export.record(base, adapter, cache=False)
+    loss = task_loss(family, base, adapter)
+    task, make = KINDS[family]
+    examples = make()
+    teacher = loss.generators(torch.ones(loss.rotations.shape))
+    peft = load_with_peft(family, base, adapter)
+    untaught, targets = loss.loss(examples, torch.zeros_like(teacher))
+    taught, counts = loss.loss(examples, torch.zeros_like(teacher), teacher)
+    assert torch.equal(counts, targets)
+    for example, lost, own in zip(examples, taught.tolist(), untaught.tolist(), strict=True):
+        inputs = {name: tensor[None] for name, tensor in example.inputs.items()}
+        with torch.no_grad():
+            chances = peft(**inputs).logits[0].double().softmax(-1)
+        expected = 0.0
+        for place, target in enumerate(example.targets.tolist()):
+            if target == IGNORED or (task == "causal" and place == 0):
+                continue
+            at = place - 1 if task == "causal" else place
+            expected -= float(chances[at] @ _log_chances(loss, example, at))
+        assert lost == pytest.approx(expected, rel=1e-4)
+        assert lost != pytest.approx(own, rel=1e-3)
+    at_teacher = teacher.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(loss.loss(examples, at_teacher, teacher)[0].sum(), at_teacher)
+    elsewhere = torch.zeros_like(teacher).requires_grad_(True)
+    (other,) = torch.autograd.grad(loss.loss(examples, elsewhere, teacher)[0].sum(), elsewhere)
+    assert loss.rotations.moves(slope).abs().max() < 1e-3 * loss.rotations.moves(other).abs().max()
+
+
+def _log_chances(loss: TaskLoss, example: Example, place: int) -> Tensor:
+    """What a model whose generators are zero answers."""
+    inputs = {name: tensor[None] for name, tensor in example.inputs.items()}
+    with torch.no_grad(), loss._turned(torch.zeros_like(loss.rotations.stored)):
+        logits = loss._model(**inputs).logits[0, place]
+    return logits.double().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def test_a_teachers_numbers_take_the_place_of_targets(
+    base_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_folder("minilm")
+    adapter = save_adapter("minilm", base, tmp_path / "adapter")
+    psoft_export.record(base, adapter, cache=False)
+    loss = task_loss("minilm", base, adapter)
+    examples = [replace(e, targets=torch.tensor(50.0)) for e in _texts()]
+    teacher = loss.generators(torch.ones(loss.rotations.shape))
+    own, _ = loss.loss(examples, teacher)
+    same, counts = loss.loss(examples, teacher, teacher)
+    away, _ = loss.loss(examples, torch.zeros_like(teacher), teacher)
+    assert counts.tolist() == [1] * 4
+    assert own.min() > 1000 and same.abs().max() < 1e-6 and away.min() > 0
+
+
+def test_a_model_writes_what_it_would_answer(llama: Path, tmp_path: Path) -> None:
+    adapter = save_adapter("llama", llama, tmp_path / "adapter")
+    psoft_export.record(llama, adapter, cache=False)
+    loss = task_loss("llama", llama, adapter, rows=3)
+    loss._model.lm_head.weight.data *= 1e4  # so that one token has all of the chance
+    lengths = (30, 24, 40, 9, 18)
+    examples = [Example({"input_ids": _ids(n, n)}, _ids(n, n)) for n in lengths]
+    examples[1].targets[:20] = IGNORED
+    teacher = loss.generators(torch.ones(loss.rotations.shape))
+    written = loss.written(examples, teacher, torch.Generator().manual_seed(1))
+    for example, other in zip(examples, written, strict=True):
+        tokens, begun = other.inputs["input_ids"], 20 if example is examples[1] else 16
+        assert torch.equal(tokens[:begun], example.inputs["input_ids"][:begun])
+        assert torch.equal(other.targets == IGNORED, example.targets == IGNORED)
+        counted = other.targets != IGNORED
+        assert torch.equal(other.targets[counted], tokens[counted])
+        with torch.no_grad(), loss._turned(teacher):
+            best = loss._model(input_ids=tokens[None]).logits[0].argmax(-1)
+        assert torch.equal(tokens[begun:], best[begun - 1 : -1])
+    assert not torch.equal(written[0].inputs["input_ids"], examples[0].inputs["input_ids"])
+    assert torch.equal(written[3].inputs["input_ids"], examples[3].inputs["input_ids"])
+
+
+def test_a_model_draws_what_it_writes(llama: Path, tmp_path: Path) -> None:
+    adapter = save_adapter("llama", llama, tmp_path / "adapter")
+    psoft_export.record(llama, adapter, cache=False)
+    loss = task_loss("llama", llama, adapter)
+    examples = [Example({"input_ids": _ids(24, n)}, _ids(24, n)) for n in range(3)]
+    teacher = loss.generators(torch.ones(loss.rotations.shape))
+
+    def tokens(seed: int) -> list[list[int]]:
+        written = loss.written(examples, teacher, torch.Generator().manual_seed(seed))
+        return [example.inputs["input_ids"].tolist() for example in written]
+
+    assert tokens(1) == tokens(1) != tokens(2)
+
+
+def test_of_other_tasks_only_the_answers_are_a_teachers(
+    base_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_folder("t5")
+    adapter = save_adapter("t5", base, tmp_path / "adapter")
+    psoft_export.record(base, adapter, cache=False)
+    loss, examples = task_loss("t5", base, adapter), _pairs()
+    teacher = loss.generators(torch.ones(loss.rotations.shape))
+    written = loss.written(examples, teacher, torch.Generator())
+    assert all(one is other for one, other in zip(written, examples, strict=True))
+
+
 def test_slopes_along_flips_are_those_of_the_loss(llama: Path, tmp_path: Path) -> None:
     """Against differences of the loss itself, for a sign and for a group of a layer."""
     adapter = save_adapter("llama", llama, tmp_path / "adapter")

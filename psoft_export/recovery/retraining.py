@@ -96,18 +96,17 @@ class Retrained:
     """Generators that training gave, in the basis at hand.
 
     Attributes:
-        whole: of all rows, from nothing.
-        beside: of a part of the rows at a time, beside others that were found; counted are the
-            turns through all rows. None: not done.
+        whole: on the data.
+        taught: on what models with signs found write and answer. None: not done.
     """
 
     whole: Mean
-    beside: Mean | None = None
+    taught: Mean | None = None
 
     def and_those_of(self, other: "Retrained") -> "Retrained":
         """Of two searches."""
-        beside = other.beside if self.beside is None else self.beside.with_mean(other.beside)
-        return Retrained(self.whole.with_mean(other.whole), beside)
+        taught = other.taught if self.taught is None else self.taught.with_mean(other.taught)
+        return Retrained(self.whole.with_mean(other.whole), taught)
 
 
 def retrained(
@@ -115,8 +114,7 @@ def retrained(
     batches: Iterator[list[Example]],
     note: Callable[[float], None],
     *,
-    free: Tensor | None = None,
-    beside: Tensor | None = None,
+    teacher: Tensor | None = None,
 ) -> Tensor:
     """Generators after `TRAINING_STEPS` of Adam (arXiv 1412.6980) from zero (modules × r × r, CPU).
 
@@ -124,8 +122,8 @@ def retrained(
         loss: the task's loss.
         batches: examples of each step.
         note: told the loss of each batch, in nats a target.
-        free: which entries are trained (bool, modules × r × r); None: all.
-        beside: generators that the others keep.
+        teacher: generators of the model whose answers are learnt (modules × r × r); None: the
+            examples' own are.
 
     Raises:
         NonFiniteError: the loss, or its slope, is NaN or infinite.
@@ -135,9 +133,8 @@ def retrained(
     position, first, second = (torch.zeros_like(stored) for _ in range(3))
     decay, decay_second = _BETAS
     for step, batch in zip(range(1, TRAINING_STEPS + 1), batches, strict=False):
-        here = position if free is None or beside is None else torch.where(free, position, beside)
-        here = here.detach().requires_grad_(True)
-        sums, counts = loss.loss(batch, here)
+        here = position.detach().requires_grad_(True)
+        sums, counts = loss.loss(batch, here, teacher)
         lost = sums.sum()  # of a mean, slopes would be too small for half precision
         (slope,) = torch.autograd.grad(lost, here)
         if not slope.isfinite().all():
@@ -150,52 +147,6 @@ def retrained(
         position -= warm * rate / (1 - decay**step) * first / size
         note(float(lost.detach() / counts.sum()))
     return position.cpu()
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Rows that are trained a part at a time, beside the others as they were found.
-
-    Attributes:
-        signs: as found (±1, modules × r).
-        count: of parts.
-        generator: draws which row is in which.
-    """
-
-    signs: Tensor
-    count: int
-    generator: torch.Generator
-
-
-def retrained_beside(
-    loss: TaskLoss,
-    batches: Iterator[list[Example]],
-    note: Callable[[float], None],
-    parts: Parts,
-) -> Tensor:
-    """Generators of which each part of the rows was trained from zero, as by `retrained`.
-
-    Args:
-        loss: the task's loss.
-        batches: examples of each step.
-        note: told the loss of each batch, in nats a target.
-        parts: the rows.
-
-    Returns:
-        Modules × r × r, CPU; of entries of two parts the mean of both.
-    """
-    signs, count = parts.signs, parts.count
-    drawn = torch.rand(signs.shape, generator=parts.generator)
-    part_of = (drawn.argsort(1) % count).to(loss.device)
-    found = loss.rotations.coupled(couplings(signs.to(loss.device, torch.float32)))
-    came = torch.zeros(found.shape)
-    for part in range(count):
-        inside = part_of == part
-        free = inside[:, :, None] | inside[:, None, :]
-        here = retrained(loss, batches, note, free=free, beside=found)
-        came += here * free.cpu()
-    of_two = (part_of[:, :, None] != part_of[:, None, :]).cpu()
-    return torch.where(of_two, came / 2, came)
 
 
 @dataclass(frozen=True)
@@ -220,11 +171,16 @@ class Kinship:
         beyond = (self.found - self.by_chance) / self.spread
         return float(beyond.sum()) / math.sqrt(len(beyond))
 
+    @property
+    def is_sure(self) -> bool:
+        """Whether they do so beyond what chance would do."""
+        return self.errors > _RELATED
+
     def discounts(self) -> Tensor:
         """What is left of each module's agreement without what chance gives; from 0 to 1."""
         surely = self.found > self.by_chance + _SURE * self.spread
         left = (1 - (self.by_chance / self.found.clamp_min(1e-30)).square()).clamp_min(0).sqrt()
-        return left * (surely & (self.errors > _RELATED))
+        return left * surely
 
 
 def kinship(rotations: RelaxedSigns, whole: Tensor, generator: torch.Generator) -> Kinship:
@@ -279,7 +235,6 @@ class Known:
         cls,
         rotations: RelaxedSigns,
         trained: Retrained,
-        found: Tensor | None,
         generator: torch.Generator,
     ) -> "Known":
         """Weigh what trainings gave.
@@ -287,26 +242,21 @@ class Known:
         Args:
             rotations: the adapter's.
             trained: what the trainings gave.
-            found: the signs that are known best (±1, modules × r), which tell the noise; None:
-                those that agree best.
             generator: draws shuffles.
         """
         stored = rotations.stored.cpu()
-        related = kinship(rotations, trained.whole.value, generator)
-        there = stored * couplings(related.signs if found is None else found)
-
-        def weighted(here: Tensor, trust: Tensor) -> Tensor:
-            shared = (there * here).sum((1, 2)) / here.square().sum((1, 2)).clamp_min(1e-30)
-            rest = (there - shared[:, None, None] * here).square().mean((1, 2))
-            least = _LEAST_NOISE * there.square().mean((1, 2))
-            trust = trust * shared.clamp_min(0) / torch.maximum(rest, least).clamp_min(1e-30)
-            return trust[:, None, None] * here
-
-        discounts = related.discounts()
-        here = weighted(trained.whole.value, discounts)
-        if trained.beside is not None:
-            here = here + weighted(trained.beside.value, (discounts > 0).to(here.dtype))
-        weights = rotations.paired(here * stored)
+        related = agreeing = kinship(rotations, trained.whole.value, generator)
+        here = trained.whole.value
+        if trained.taught is not None:
+            here = trained.taught.value
+            agreeing = kinship(rotations, here, generator)
+        there = stored * couplings(agreeing.signs)
+        shared = (there * here).sum((1, 2)) / here.square().sum((1, 2)).clamp_min(1e-30)
+        rest = (there - shared[:, None, None] * here).square().mean((1, 2))
+        least = _LEAST_NOISE * there.square().mean((1, 2))
+        trust = agreeing.discounts() if related.is_sure else torch.zeros(len(stored))
+        trust = trust * shared.clamp_min(0) / torch.maximum(rest, least).clamp_min(1e-30)
+        weights = rotations.paired(trust[:, None, None] * here * stored)
         return cls(synchronized(weights), weights, related)
 
     def silent(self) -> "Known":

@@ -18,19 +18,19 @@ from psoft_export.recovery.significance import is_below
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import Losses, TaskLoss
 
-STEPS = 1360
+STEPS = 1740
 ROWS = 16  # examples at a time where nothing is learnt
 _FIRST, _SECOND = "first", "second"  # searches
 _EARLY = [Cycle(name, trainings=2, growth=60) for name in (_FIRST, _SECOND)]
-_LATER = [Cycle(name, trainings=4, growth=95) for name in (_FIRST, _SECOND)]
-_CLOSING_STEPS = 60
-LEAST_STEPS = sum(cycle.steps for cycle in _EARLY) + _CLOSING_STEPS
+_LATER = [Cycle(name, trainings=4, growth=60) for name in (_FIRST, _SECOND)]
+_CLOSING = Cycle("", trainings=2, growth=60)  # of the signs of both
+LEAST_STEPS = sum(cycle.steps for cycle in _EARLY) + _CLOSING.steps
 STEPS_OF_LATER = sum(cycle.steps for cycle in _LATER)
 _MOST_STEPS = 24_000  # within a time limit
 _STEPS_BETWEEN_NOTES = 20
 _RETURNED = 0.97  # of the signs that matter must be found alike by two searches
 _HOLDS = 0.5  # of what signs agree in beyond chance, if one has never seen the data
-_SAME = 0.995  # of the signs that matter two searches agree in, and then need no more cycles
+_SAME = 0.985  # of the signs that matter two searches agree in, and then need no more cycles
 _SEARCH_SHARE = 0.5  # of a time limit, for the searches; the rest for crossing and polish
 
 
@@ -206,7 +206,7 @@ class RecoveryRun:
         if returned < needed:
             return None
         # Trainings have led to no sign of an SVD either, and err where the data hardly tell.
-        polished = self._polished(signs, search.known(signs).silent())
+        polished = self._polished(signs, search.known().silent())
         return _Found(polished, returned, needed, holds=True) if not polished.flipped else None
 
     def _run(self, search: SignSearch, until: int) -> None:
@@ -250,16 +250,17 @@ class RecoveryRun:
         """
         first, second = (search.state.found[name] for name in (_FIRST, _SECOND))
         self._tell("crossing the signs of two searches")
-        signs, trusted = first, search.known(first).trusted()
+        signs, trusted = first, search.known().trusted()
         for other in (second, *others):
             signs = crossed(self._loss, self._train, signs, other, trusted)
-        known = search.known(signs)
+        known = search.known_again(signs, _CLOSING.trainings, self._note)
         self._tell(
             "trained again, generators agree with the adapter's "
             f"{known.related.errors:.0f} standard errors better than by chance"
         )
-        grown = search.grown(known, _CLOSING_STEPS, self._note)
-        signs = crossed(self._loss, self._train, signs, grown, known.trusted())
+        grown = search.grown(known, _CLOSING.growth, self._note)
+        for other in (known.signs, grown):
+            signs = crossed(self._loss, self._train, signs, other, known.trusted())
         polished = self._polished(signs, known.trusted())
         alike = torch.ones_like(self._matters)
         for found in (first, second):

@@ -33,15 +33,13 @@ from psoft_export.recovery.retraining import (
     Batches,
     Known,
     Mean,
-    Parts,
     Retrained,
+    kinship,
     retrained,
-    retrained_beside,
 )
 from psoft_export.recovery.task_loss import TaskLoss, not_finite
 
-_WHOLE = 6  # trainings from nothing, after which those of a part of the rows follow
-_PARTS = 2  # of the rows, in turns
+_WRITTEN = 192  # examples that a model writes, to be trained again on them
 _DIMENSIONS = 16  # of a vector
 _NOISE = 0.1  # length of a vector at the start
 _KEPT = 0.07  # of that, along signs that are known
@@ -156,9 +154,13 @@ class SignSearch:
             NonFiniteError: the loss, or its slope, is NaN or infinite.
         """
         cycle, state = self.plan[self.state.done], self.state
-        trained, before = state.trained.get(cycle.search), state.found.get(cycle.search)
-        trained = self._trained_again(cycle, trained, before, note)
-        known = Known.by(self._loss.rotations, trained, before, self._generator)
+        trained = self._trained_again(
+            cycle.trainings,
+            state.trained.get(cycle.search),
+            state.found.get(cycle.search),
+            note,
+        )
+        known = Known.by(self._loss.rotations, trained, self._generator)
         grown = self.grown(known, cycle.growth, note)
         self.state = SearchState(
             self._generator.get_state(),
@@ -169,34 +171,60 @@ class SignSearch:
         )
         return self.state
 
-    def known(self, signs: Tensor) -> Known:
-        """What the trainings of all searches say, weighed by signs (±1, modules × r)."""
+    def known(self) -> Known:
+        """What the trainings of all searches say."""
+        return Known.by(self._loss.rotations, self._of_all(), self._generator)
+
+    def known_again(self, signs: Tensor, trainings: int, note: Callable[[Step], None]) -> Known:
+        """The same, with further trainings, as signs (±1, modules × r) found by now have them."""
+        trained = self._trained_again(trainings, self._of_all(), signs, note)
+        return Known.by(self._loss.rotations, trained, self._generator)
+
+    def _of_all(self) -> Retrained:
+        """What the trainings of all searches gave."""
         trained, *others = self.state.trained.values()
         for other in others:
             trained = trained.and_those_of(other)
-        return Known.by(self._loss.rotations, trained, signs, self._generator)
-
-    def _batches(self, rows: int) -> Batches:
-        return Batches(self._examples, min(rows, len(self._examples)), self._generator)
+        return trained
 
     def _trained_again(
         self,
-        cycle: Cycle,
-        trained: Retrained | None,
+        trainings: int,
+        before: Retrained | None,
         signs: Tensor | None,
         note: Callable[[Step], None],
     ) -> Retrained:
-        """What the trainings of a cycle give, with those before it, beside signs found by then."""
-        batches, told = self._batches(TRAINING_ROWS), self._noting(note)
-        if trained is None or signs is None or trained.whole.count < _WHOLE:
-            more = Mean.of([retrained(self._loss, batches, told) for _ in range(cycle.trainings)])
-            if trained is None:
-                return Retrained(more)
-            return replace(trained, whole=trained.whole.with_mean(more))
-        parts = Parts(signs, _PARTS, self._generator)
-        turns = range(cycle.trainings // _PARTS)
-        rows = Mean.of([retrained_beside(self._loss, batches, told, parts) for _ in turns])
-        return replace(trained, beside=rows.with_mean(trained.beside))
+        """What so many trainings give, with those before them.
+
+        They are on the data, until they show that these are the adapter's task; then on what the
+        model writes and answers with signs found by then.
+        """
+        rotations, teacher, examples = self._loss.rotations, None, self._examples
+        if before is not None and signs is not None:
+            if kinship(rotations, before.whole.value, self._generator).is_sure:
+                teacher = self._loss.generators(signs)
+                examples = self._written(teacher)
+        batches, told = self._batches(examples, TRAINING_ROWS), self._noting(note)
+        given = Mean.of(
+            [retrained(self._loss, batches, told, teacher=teacher) for _ in range(trainings)]
+        )
+        if before is None:
+            return Retrained(given)
+        if teacher is None:
+            return replace(before, whole=given.with_mean(before.whole))
+        return replace(before, taught=given.with_mean(before.taught))
+
+    def _written(self, teacher: Tensor) -> list[Example]:
+        """What the model writes with generators, each text from the beginning of an example."""
+        beginnings: list[Example] = []
+        for batch in self._batches(self._examples, 1):
+            beginnings += batch
+            if len(beginnings) == _WRITTEN:
+                break
+        return self._loss.written(beginnings, teacher, self._generator)
+
+    def _batches(self, examples: Sequence[Example], rows: int) -> Batches:
+        return Batches(examples, min(rows, len(examples)), self._generator)
 
     def _noting(self, note: Callable[[Step], None]) -> Callable[[float], None]:
         """What counts the steps of trainings, and tells of them."""
@@ -223,7 +251,7 @@ class SignSearch:
         weights = known.weights.to(device)
         moments = _LayerMoments(position)
         share = self._rows / len(self._examples)
-        for step, batch in zip(range(steps), self._batches(self._rows), strict=False):
+        for step, batch in zip(range(steps), self._batches(self._examples, self._rows), strict=False):
             vectors = _bounded(position)
             coupled = vector_couplings(vectors)
             sums, counts = self._loss.loss(batch, rotations.coupled(coupled))

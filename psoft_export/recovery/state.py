@@ -13,9 +13,9 @@ from psoft_export.recovery.retraining import Mean, Retrained
 from psoft_export.recovery.search import SearchState
 
 SUFFIX = ".search.safetensors"
-_FORMAT = "psoft-search/4"
+_FORMAT = "psoft-search/5"
 _GENERATOR = "generator"
-_FOUND, _WHOLE, _BESIDE = "found.", "whole.", "beside."  # before the name of a search
+_FOUND, _WHOLE, _TAUGHT = "found.", "whole.", "taught."  # before the name of a search
 
 
 class StateFile:
@@ -42,7 +42,7 @@ class StateFile:
                 if name.startswith(_FOUND)
             }
             trained = {
-                name: Retrained(means[_WHOLE + name], means.get(_BESIDE + name)) for name in found
+                name: Retrained(means[_WHOLE + name], means.get(_TAUGHT + name)) for name in found
             }
             done, steps = int(metadata["done"]), int(metadata["steps"])
             return SearchState(tensors[_GENERATOR], done, steps, found, trained)
@@ -58,8 +58,8 @@ class StateFile:
         means = {}
         for name, trained in state.trained.items():
             means[_WHOLE + name] = trained.whole
-            if trained.beside is not None:
-                means[_BESIDE + name] = trained.beside
+            if trained.taught is not None:
+                means[_TAUGHT + name] = trained.taught
         tensors = {name: mean.value for name, mean in means.items()}
         tensors |= {_FOUND + name: signs for name, signs in state.found.items()}
         tensors[_GENERATOR] = state.generator

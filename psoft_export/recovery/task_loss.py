@@ -4,7 +4,8 @@ What is kept for the gradient is x Aᵀ of each adapted layer, beside what the f
 no weight has a gradient.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from psoft_export.basis.svd import Basis
 from psoft_export.changes.subspace import added_by_rotation
 from psoft_export.errors import NonFiniteError
 from psoft_export.recovery.examples import IGNORED, Example, Task, collate
+
+_BEGINNING = 16  # tokens that an example keeps where the model writes the others
 
 
 def not_finite(what: str) -> NonFiniteError:
@@ -100,20 +103,45 @@ class TaskLoss:
             mean_square = 2 * self._variance * self.losses(examples, None).mean
             self._variance = max(mean_square, torch.finfo(torch.float32).tiny)
 
-    def loss(self, examples: Sequence[Example], generators: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, examples: Sequence[Example], generators: Tensor, teacher: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Loss of each example and number of its targets, differentiable in the generators.
 
         Args:
             examples: run at once.
             generators: of the rotations (`RelaxedSigns.coupled`), modules × r × r; or for each
                 example its own, examples × modules × r × r.
+            teacher: generators of the model whose answers, as chances or numbers, are asked for in
+                the place of the examples' own (modules × r × r); None: theirs.
         """
         arguments, targets = collate(examples, self._pad)
-        self._cores = self.rotations.cores(generators).transpose(-1, -2)
-        try:
-            return self._run(arguments, targets)
-        finally:
-            self._cores = None
+        answers = None
+        if teacher is not None:
+            with torch.no_grad(), self._turned(teacher):
+                answers = self._answers(arguments)
+        with self._turned(generators):
+            return self._lost(self._answers(arguments), targets, answers)
+
+    @torch.no_grad()
+    def written(
+        self, examples: Sequence[Example], generators: Tensor, drawing: torch.Generator
+    ) -> list[Example]:
+        """Examples that begin as these do, and go on as the model writes.
+
+        Of a task other than `causal`, and of a model that keeps nothing between two tokens, they
+        are these as they are.
+
+        Args:
+            examples: any number.
+            generators: of the model's rotations (modules × r × r).
+            drawing: draws the tokens.
+        """
+        written: list[Example] = []
+        with self._turned(generators):
+            for first in range(0, len(examples), self._rows):
+                written += self._continued(examples[first : first + self._rows], drawing)
+        return written
 
     @torch.no_grad()
     def losses(self, examples: Sequence[Example], signs: Tensor | None) -> Losses:
@@ -127,41 +155,85 @@ class TaskLoss:
             NonFiniteError: a loss is NaN or infinite.
         """
         sums, counts = [], []
-        if signs is not None:
-            coupled = couplings(signs.to(self.device, torch.float32))
-            self._cores = self.rotations.cores(self.rotations.coupled(coupled)).transpose(-1, -2)
-        try:
+        with self._turned(self.generators(signs) if signs is not None else None):
             for first in range(0, len(examples), self._rows):
-                lost, count = self._run(*collate(examples[first : first + self._rows], self._pad))
+                arguments, targets = collate(examples[first : first + self._rows], self._pad)
+                lost, count = self._lost(self._answers(arguments), targets)
                 sums.append(lost.double().cpu())
                 counts.append(count.double().cpu())
-        finally:
-            self._cores = None
         found = Losses(torch.cat(sums), torch.cat(counts))
         if not found.sums.isfinite().all():
             raise not_finite("the loss of an example")
         return found
 
-    def _run(self, arguments: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+    def generators(self, signs: Tensor) -> Tensor:
+        """Those of the rotations (modules × r × r) at signs (±1, modules × r, on any device)."""
+        return self.rotations.coupled(couplings(signs.to(self.device, torch.float32)))
+
+    @contextmanager
+    def _turned(self, generators: Tensor | None) -> Iterator[None]:
+        """The layers, with rotations beside them; None: as they are."""
+        if generators is not None:
+            self._cores = self.rotations.cores(generators).transpose(-1, -2)
+        try:
+            yield
+        finally:
+            self._cores = None
+
+    def _answers(self, arguments: Mapping[str, Tensor]) -> Tensor:
+        """The model's logits, float32; of `causal` without those after the last token."""
         dtype = self._model.dtype
         moved = {
             name: tensor.to(self.device, dtype if tensor.is_floating_point() else None)
             for name, tensor in arguments.items()
         }
-        self._given = len(targets)
-        logits = self._model(**moved).logits.float()
+        self._given = len(next(iter(moved.values())))
+        logits: Tensor = self._model(**moved).logits.float()
+        return logits[:, :-1] if self._task == "causal" else logits
+
+    def _lost(
+        self, logits: Tensor, targets: Tensor, answers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of each row and number of its targets; `answers`: logits of which the loss is."""
         targets = targets.to(self.device)
         if targets.is_floating_point():
-            errors = (logits[:, 0] - targets).square()
+            errors = (logits[:, 0] - (targets if answers is None else answers[:, 0])).square()
             return errors / (2 * self._variance), torch.ones_like(targets)
         if self._task == "causal":
-            logits, targets = logits[:, :-1], targets[:, 1:]
-        lost = nn.functional.cross_entropy(
-            logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        rows = len(targets)
-        counted = (targets != IGNORED).view(rows, -1).sum(1)
-        return lost.view(rows, -1).sum(1), counted
+            targets = targets[:, 1:]
+        rows, counted = len(targets), (targets != IGNORED).flatten()
+        logits, targets = logits.flatten(0, -2), targets.flatten()
+        if answers is None:
+            lost = nn.functional.cross_entropy(
+                logits, targets, ignore_index=IGNORED, reduction="none"
+            )
+        else:
+            chances = answers.flatten(0, -2).softmax(-1)
+            lost = counted * nn.functional.cross_entropy(logits, chances, reduction="none")
+        return lost.view(rows, -1).sum(1), counted.view(rows, -1).sum(1)
+
+    def _continued(self, rows: Sequence[Example], drawing: torch.Generator) -> list[Example]:
+        """As `written`, of one batch, with the rotations beside the layers."""
+        if self._task != "causal":
+            return list(rows)
+        tokens = collate(rows, self._pad)[0]["input_ids"].to(self.device)
+        begins = torch.tensor([_beginning(row) for row in rows], device=self.device)
+        first, length = int(begins.min()), tokens.shape[1]
+        self._given = len(rows)
+        came = self._model(input_ids=tokens[:, :first], use_cache=True)
+        if getattr(came, "past_key_values", None) is None:
+            return list(rows)
+        for place in range(first, length):
+            chances = came.logits[:, -1].float().softmax(-1).cpu()
+            drawn = torch.multinomial(chances, 1, generator=drawing)[:, 0].to(self.device)
+            tokens[:, place] = torch.where(begins <= place, drawn, tokens[:, place])
+            if place + 1 < length:
+                came = self._model(
+                    input_ids=tokens[:, place : place + 1],
+                    past_key_values=came.past_key_values,
+                    use_cache=True,
+                )
+        return [_with_tokens(row, line) for row, line in zip(rows, tokens.cpu(), strict=True)]
 
     def _stand_beside(self, layer: nn.Module, number: int, basis: Basis, scaling: float) -> None:
         weight = next(layer.parameters())
@@ -176,3 +248,16 @@ class TaskLoss:
             return output + added_by_rotation(inputs[0], right, core, left)
 
         layer.register_forward_hook(add)
+
+
+def _beginning(example: Example) -> int:
+    """How many of its tokens begin it: what is asked before the first target, and a few more."""
+    asked = int((example.targets != IGNORED).long().argmax())
+    return min(max(asked, _BEGINNING), len(example.targets))
+
+
+def _with_tokens(example: Example, tokens: Tensor) -> Example:
+    """An example with other tokens, and as targets those where it has some."""
+    tokens = tokens[: len(example.targets)]
+    targets = torch.where(example.targets == IGNORED, IGNORED, tokens)
+    return Example({**example.inputs, "input_ids": tokens}, targets)
