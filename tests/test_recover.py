@@ -928,7 +928,7 @@ def test_what_has_no_signs_to_recover_is_refused(
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "steps": ({"steps": 60}, "steps 60: at least 340 are needed"),
+    "steps": ({"steps": 60}, "steps 60: at least 420 are needed"),
     "both limits": ({"time_limit": 5.0}, "steps and time: give one of them"),
     "time": ({"steps": None, "time_limit": -1.0}, "time -1: a number of seconds above 0"),
     "batch": ({"batch": 0}, "batch 0: at least 1"),

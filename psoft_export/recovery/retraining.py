@@ -13,8 +13,11 @@ adds up with what the data say of the loss. Signs chosen to agree do so by chanc
 is seen where the rows and columns of the adapter's generators are shuffled: a layer that agrees no
 better than that says nothing, and one that does is discounted by it.
 
-Once most signs are found, a part of the rows is trained again beside the others as they were found.
-That is less noisy, as the others cannot fit the data's noise, and new where the first is wrong.
+Once most signs are found, the model with them is a teacher: generators are trained from zero on
+what it writes, to answer as it does. Its answers are chances, where those of the data are single
+tokens, and it writes as much as is wanted, so these trainings are far less noisy, and correct signs
+that taught them. They agree with the signs found in any case, so only trainings on the data tell
+whether these are of the adapter's task, and without that no teacher is asked.
 """
 
 import math

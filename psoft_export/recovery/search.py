@@ -1,8 +1,8 @@
 """The search for signs: training again gives them, and vectors settle them by the loss.
 
-Each cycle of a search trains generators again (`recovery.retraining`), in the first cycle from
-nothing, later a part of the rows beside the others as they were found. Then the signs grow by the
-loss of the data and by what the trainings say of them.
+Each cycle of a search trains generators again (`recovery.retraining`), in the first cycle on the
+data, later on what the model with the signs found by then writes and answers. Then the signs grow
+by the loss of the data and by what the trainings say of them.
 
 All that a rotation takes of its basis's signs are the couplings cᵢⱼ = dᵢ dⱼ. Relaxed to numbers
 |dᵢ| ≤ 1 they have many local minima, which differ in whole groups of signs: to turn a group over,
@@ -199,11 +199,10 @@ class SignSearch:
         They are on the data, until they show that these are the adapter's task; then on what the
         model writes and answers with signs found by then.
         """
-        rotations, teacher, examples = self._loss.rotations, None, self._examples
-        if before is not None and signs is not None:
-            if kinship(rotations, before.whole.value, self._generator).is_sure:
-                teacher = self._loss.generators(signs)
-                examples = self._written(teacher)
+        teacher, examples = None, self._examples
+        if before is not None and signs is not None and self._is_its_task(before):
+            teacher = self._loss.generators(signs)
+            examples = self._written(teacher)
         batches, told = self._batches(examples, TRAINING_ROWS), self._noting(note)
         given = Mean.of(
             [retrained(self._loss, batches, told, teacher=teacher) for _ in range(trainings)]
@@ -213,6 +212,10 @@ class SignSearch:
         if teacher is None:
             return replace(before, whole=given.with_mean(before.whole))
         return replace(before, taught=given.with_mean(before.taught))
+
+    def _is_its_task(self, trained: Retrained) -> bool:
+        """Whether trainings on the data agree with the adapter beyond what chance would do."""
+        return kinship(self._loss.rotations, trained.whole.value, self._generator).is_sure
 
     def _written(self, teacher: Tensor) -> list[Example]:
         """What the model writes with generators, each text from the beginning of an example."""
@@ -251,7 +254,9 @@ class SignSearch:
         weights = known.weights.to(device)
         moments = _LayerMoments(position)
         share = self._rows / len(self._examples)
-        for step, batch in zip(range(steps), self._batches(self._examples, self._rows), strict=False):
+        for step, batch in zip(
+            range(steps), self._batches(self._examples, self._rows), strict=False
+        ):
             vectors = _bounded(position)
             coupled = vector_couplings(vectors)
             sums, counts = self._loss.loss(batch, rotations.coupled(coupled))
