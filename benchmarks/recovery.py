@@ -7,7 +7,7 @@ signs found, with the true ones, and with none (the base).
     python -m benchmarks.recovery            # the first table of docs/recovery.md
                                              # (12 minutes with --jobs 2 on two cores)
     python -m benchmarks.recovery --study    # and all else that is there: hours
-    python -m benchmarks.recovery --device cuda
+    python -m benchmarks.recovery --device cuda --dtype bf16
 
 Each result is kept as soon as it is measured, and a case that is kept is not run again. The study
 trains adapters of other ranks and angles (`examples/train.py`) and draws its results
@@ -96,7 +96,7 @@ class Case:
     steps: int = STEPS
     seed: int = 0
     text: str = ""
-    dtype: str = "bf16"
+    dtype: str = "fp32"
     device: str = "cpu"
 
     @property
@@ -324,12 +324,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", action="store_true", help="every case, and plots; hours")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the searches")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the models")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time, sharing the threads")
     parser.add_argument("--output", type=Path, default=STUDY / "results.jsonl")
     arguments = parser.parse_args()
-    cases = [
-        replace(case, device=arguments.device) for case in (study() if arguments.study else table())
-    ]
+    computed = {"device": arguments.device, "dtype": arguments.dtype}
+    cases = [replace(case, **computed) for case in (study() if arguments.study else table())]
     known = {result.case: result for result in read_results(arguments.output)}
     to_run = [case for case in cases if case not in known]
     _train(sorted({case.adapter for case in to_run} & VARIANTS.keys()))
