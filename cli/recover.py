@@ -59,7 +59,7 @@ def recover_command(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", help="Gradient steps at most; default: 1740."),
+        typer.Option("--steps", help="Gradient steps at most; default: 1720."),
     ] = None,
     time: Annotated[
         float | None,

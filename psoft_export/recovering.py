@@ -175,9 +175,9 @@ def recover(
         output: folder for a copy of the adapter with the record; the adapter then stays as it is.
         labels: names of the classes in the order of the head; default: the config's.
         window: tokens of an example; default: 256, or as many as the model takes.
-        steps: gradient steps at most, of all searches; default: 1740.
+        steps: gradient steps at most, of all searches; default: 1720.
         time_limit: seconds, in place of `steps`; the searches take half of them at most, if the
-            fewest steps that can be checked (420) do not take more.
+            fewest steps that can be checked (290) do not take more.
         readings: names of the SVDs to try (`cpu`, `cpu-float64`, `cpu-transposed`, `numpy`; with
             CUDA also `cuda`, `cuda-gesvd`, `cuda-gesvdj`, `cuda-gesvda`); default: all.
         random_start: try no SVDs, and search from nothing.

@@ -57,7 +57,7 @@ from tests.models import save_adapter
 from tests.planted import Planted, plant, told_nothing
 
 STEPS = LEAST_STEPS + STEPS_OF_LATER
-FIRST_CYCLE = 140
+FIRST_CYCLE = 110
 CPU = torch.device("cpu")
 
 
@@ -264,7 +264,7 @@ def test_a_training_tells_signs_and_how_surely(noise: float) -> None:
     assert torch.equal(alone, known.of_couplings(-truth).sum(-1))
     # What it costs to flip one sign is told as the noise has it: 2 (r − 1) / noise².
     assert alone.mean() == pytest.approx(2 * 47 / noise**2, rel=0.25)
-    assert torch.allclose(known.trusted().of_couplings(truth).sum(-1), alone / 4)
+    assert torch.allclose(known.settling().of_couplings(truth).sum(-1), alone / 4)
     for layer in range(8):
         flipped = truth[layer].clone()
         flipped[layer] *= -1
@@ -928,7 +928,7 @@ def test_what_has_no_signs_to_recover_is_refused(
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "steps": ({"steps": 60}, "steps 60: at least 420 are needed"),
+    "steps": ({"steps": 60}, "steps 60: at least 290 are needed"),
     "both limits": ({"time_limit": 5.0}, "steps and time: give one of them"),
     "time": ({"steps": None, "time_limit": -1.0}, "time -1: a number of seconds above 0"),
     "batch": ({"batch": 0}, "batch 0: at least 1"),

@@ -32,16 +32,15 @@ from psoft_export.recovery.examples import Example
 from psoft_export.recovery.task_loss import TaskLoss, not_finite
 
 TRAINING_STEPS = 40
-TRAINING_ROWS = (
-    4  # examples in a step: noise that differs from training to training, and averages out
-)
+TRAINING_ROWS = 4  # of the data in a step; few, so that the noise of two trainings differs
 _RATE = 0.15  # of the mean size of the adapter's generators, a step
 _WARM_UP = 5  # steps
 _BETAS = (0.9, 0.99)
 _SHUFFLES = 4
 _SURE = 2.0  # standard deviations of chance beyond which a layer agrees
 _RELATED = 5.0  # the same, of all layers together
-_TRUSTED = 0.25  # of what a row's entries say of its sign
+_SETTLING = 0.25  # of what a row's entries say of its sign: so much counts alone
+_CHOOSING = 0.5  # the same, between signs that searches found
 _LEAST_NOISE = 0.01  # of the square of the adapter's generators
 _STARTS = 4  # eigenvectors from which signs are sought
 _MOST_FLIPS = 2000
@@ -266,14 +265,17 @@ class Known:
         """The same, of trainings that say nothing."""
         return replace(self, weights=torch.zeros_like(self.weights))
 
-    def trusted(self) -> "Known":
-        """The same, as far as it is trusted where it decides alone.
+    def settling(self) -> "Known":
+        """The same, as far as it counts where it settles a sign alone.
 
         Entries of one row err alike, as they come from the same data, so that all of them together
-        say less than their sum: `_TRUSTED` of it, with which no fewer signs of the bundled adapters
-        are expected to be wrong than are.
+        say less than their sum.
         """
-        return replace(self, weights=_TRUSTED * self.weights)
+        return replace(self, weights=_SETTLING * self.weights)
+
+    def choosing(self) -> "Known":
+        """The same, as far as it counts where one of two is chosen that searches found."""
+        return replace(self, weights=_CHOOSING * self.weights)
 
     def lost(self, module: int, signs: Tensor) -> float:
         """What a module, by its index, loses at signs (±1, r), in nats."""

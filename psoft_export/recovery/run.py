@@ -18,12 +18,12 @@ from psoft_export.recovery.significance import is_below
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import Losses, TaskLoss
 
-STEPS = 1740
+STEPS = 1720
 ROWS = 16  # examples at a time where nothing is learnt
 _FIRST, _SECOND = "first", "second"  # searches
-_EARLY = [Cycle(name, trainings=2, growth=60) for name in (_FIRST, _SECOND)]
-_LATER = [Cycle(name, trainings=4, growth=60) for name in (_FIRST, _SECOND)]
-_CLOSING = Cycle("", trainings=2, growth=60)  # of the signs of both
+_EARLY = [Cycle(name, trainings=2, growth=30) for name in (_FIRST, _SECOND)]
+_LATER = [Cycle(name, trainings=1, growth=30) for name in (_FIRST, _SECOND)]
+_CLOSING = Cycle("", trainings=1, growth=30)  # of the signs of both
 LEAST_STEPS = sum(cycle.steps for cycle in _EARLY) + _CLOSING.steps
 STEPS_OF_LATER = sum(cycle.steps for cycle in _LATER)
 _MOST_STEPS = 24_000  # within a time limit
@@ -250,9 +250,9 @@ class RecoveryRun:
         """
         first, second = (search.state.found[name] for name in (_FIRST, _SECOND))
         self._tell("crossing the signs of two searches")
-        signs, trusted = first, search.known().trusted()
-        for other in (second, *others):
-            signs = crossed(self._loss, self._train, signs, other, trusted)
+        signs, known = first, search.known()
+        for other in (second, known.signs, *others):
+            signs = crossed(self._loss, self._train, signs, other, known.choosing())
         known = search.known_again(signs, _CLOSING.trainings, self._note)
         self._tell(
             "trained again, generators agree with the adapter's "
@@ -260,8 +260,8 @@ class RecoveryRun:
         )
         grown = search.grown(known, _CLOSING.growth, self._note)
         for other in (known.signs, grown):
-            signs = crossed(self._loss, self._train, signs, other, known.trusted())
-        polished = self._polished(signs, known.trusted())
+            signs = crossed(self._loss, self._train, signs, other, known.choosing())
+        polished = self._polished(signs, known.settling())
         alike = torch.ones_like(self._matters)
         for found in (first, second):
             alike &= same_signs(polished.signs, found, self._matters)

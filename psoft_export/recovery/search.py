@@ -57,7 +57,7 @@ class Cycle:
 
     Attributes:
         search: name of the search that it goes on with.
-        trainings: how many, of `TRAINING_STEPS` steps each; even.
+        trainings: how many, of `TRAINING_STEPS` steps each.
         growth: steps of it.
     """
 
@@ -131,7 +131,7 @@ class SignSearch:
             loss: the task's loss.
             examples: what is searched on.
             plan: the cycles, in order.
-            rows: examples in a step of growth.
+            rows: examples in a step of growth, and of a training by a teacher.
             seed: of everything random.
             state: where to go on, of a search with the same arguments.
         """
@@ -199,11 +199,11 @@ class SignSearch:
         They are on the data, until they show that these are the adapter's task; then on what the
         model writes and answers with signs found by then.
         """
-        teacher, examples = None, self._examples
+        teacher, examples, rows = None, self._examples, TRAINING_ROWS
         if before is not None and signs is not None and self._is_its_task(before):
             teacher = self._loss.generators(signs)
-            examples = self._written(teacher)
-        batches, told = self._batches(examples, TRAINING_ROWS), self._noting(note)
+            examples, rows = self._written(teacher), self._rows
+        batches, told = self._batches(examples, rows), self._noting(note)
         given = Mean.of(
             [retrained(self._loss, batches, told, teacher=teacher) for _ in range(trainings)]
         )

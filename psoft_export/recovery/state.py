@@ -13,7 +13,7 @@ from psoft_export.recovery.retraining import Mean, Retrained
 from psoft_export.recovery.search import SearchState
 
 SUFFIX = ".search.safetensors"
-_FORMAT = "psoft-search/5"
+_FORMAT = "psoft-search/6"
 _GENERATOR = "generator"
 _FOUND, _WHOLE, _TAUGHT = "found.", "whole.", "taught."  # before the name of a search
 

@@ -4,6 +4,7 @@ What is kept for the gradient is x Aᵀ of each adapted layer, beside what the f
 no weight has a gradient.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from psoft_export.errors import NonFiniteError
 from psoft_export.recovery.examples import IGNORED, Example, Task, collate
 
 _BEGINNING = 16  # tokens that an example keeps where the model writes the others
+_WRITING = 4  # times the rows run at once where one token of each is
 
 
 def not_finite(what: str) -> NonFiniteError:
@@ -139,8 +141,9 @@ class TaskLoss:
         """
         written: list[Example] = []
         with self._turned(generators):
-            for first in range(0, len(examples), self._rows):
-                written += self._continued(examples[first : first + self._rows], drawing)
+            rows = _WRITING * self._rows
+            for first in range(0, len(examples), rows):
+                written += self._continued(examples[first : first + rows], drawing)
         return written
 
     @torch.no_grad()
@@ -221,7 +224,8 @@ class TaskLoss:
         first, length = int(begins.min()), tokens.shape[1]
         self._given = len(rows)
         came = self._model(input_ids=tokens[:, :first], use_cache=True)
-        if getattr(came, "past_key_values", None) is None:
+        cache = _cache_name(self._model)
+        if getattr(came, cache, None) is None:
             return list(rows)
         for place in range(first, length):
             chances = came.logits[:, -1].float().softmax(-1).cpu()
@@ -230,8 +234,8 @@ class TaskLoss:
             if place + 1 < length:
                 came = self._model(
                     input_ids=tokens[:, place : place + 1],
-                    past_key_values=came.past_key_values,
                     use_cache=True,
+                    **{cache: getattr(came, cache)},
                 )
         return [_with_tokens(row, line) for row, line in zip(rows, tokens.cpu(), strict=True)]
 
@@ -248,6 +252,11 @@ class TaskLoss:
             return output + added_by_rotation(inputs[0], right, core, left)
 
         layer.register_forward_hook(add)
+
+
+def _cache_name(model: Any) -> str:
+    """What a model calls the keys and values that it keeps; not all releases call it alike."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _beginning(example: Example) -> int:
