@@ -5,7 +5,7 @@ recovered from text that it is not evaluated on, and its loss on held-out text i
 signs found, with the true ones, and with none (the base).
 
     python -m benchmarks.recovery            # the first table of docs/recovery.md
-                                             # (12 minutes with --jobs 2 on two cores)
+                                             # (20 minutes on two cores)
     python -m benchmarks.recovery --study    # and all else that is there: hours
     python -m benchmarks.recovery --device cuda --dtype bf16
 
@@ -43,7 +43,7 @@ from psoft_export.algebra.rotation import rotation_angles
 from psoft_export.basis.signs import signs_at
 from psoft_export.recovery.examples import WINDOW
 from psoft_export.recovery.polish import SETTLED
-from psoft_export.recovery.run import STEPS
+from psoft_export.recovery.run import LEAST_STEPS, STEPS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -177,8 +177,8 @@ def study() -> Iterator[Case]:
             yield Case(adapter, "random", kilobytes=kilobytes)
     others = dict(zip(CORPORA, [*list(CORPORA)[1:], *list(CORPORA)[:1]], strict=True))
     for adapter in CORPORA:
-        yield Case(adapter, "random", steps=360)
-        yield Case(adapter, "random", steps=360, text=others[adapter])
+        yield Case(adapter, "random", steps=LEAST_STEPS)
+        yield Case(adapter, "random", steps=LEAST_STEPS, text=others[adapter])
         yield Case(adapter, "numpy", kilobytes=4, steps=QUARTER)
     for kilobytes in (8, 32):
         for adapter in CORPORA:
