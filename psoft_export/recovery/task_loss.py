@@ -20,7 +20,7 @@ from psoft_export.errors import NonFiniteError
 from psoft_export.recovery.examples import IGNORED, Example, Task, collate
 
 _BEGINNING = 16  # tokens that an example keeps where the model writes the others
-_WRITING = 4  # times the rows run at once where one token of each is
+_WRITING = 4  # times as many rows at once where the model writes, a token of each
 
 
 def not_finite(what: str) -> NonFiniteError:
