@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -376,11 +377,23 @@ def test_only_a_model_of_the_adapters_task_teaches(
         return [0, 1, 2, 3, 4]
 
     monkeypatch.setattr(loss, "written", written)
+    rows: Counter[int] = Counter()  # of a step → steps
+    asked = loss.loss
+
+    def counted(examples: Any, *options: Any) -> tuple[Tensor, Tensor]:
+        rows[len(examples)] += 1
+        result: tuple[Tensor, Tensor] = asked(examples, *options)
+        return result
+
+    monkeypatch.setattr(loss, "loss", counted)
     plan = [Cycle("one", trainings=2, growth=20), Cycle("one", trainings=4, growth=20)]
     search = SignSearch(loss, range(30), plan, rows=5, seed=1)  # type: ignore[arg-type]
     signs = search.run_cycle(lambda _: None).found["one"]
     trained = search.run_cycle(lambda _: None).trained["one"]
     assert search.steps == 6 * 40 + 40
+    # Growth takes five examples a step, and so do trainings by a teacher; those on the data four.
+    on_data = 2 * 40 if is_its_task else 6 * 40
+    assert rows == {4: on_data, 5: search.steps - on_data}
     if is_its_task:
         assert torch.equal(taught[0], loss.generators(signs)) and len(taught) == 1
         assert trained.taught is not None
