@@ -266,6 +266,7 @@ def test_a_training_tells_signs_and_how_surely(noise: float) -> None:
     # What it costs to flip one sign is told as the noise has it: 2 (r − 1) / noise².
     assert alone.mean() == pytest.approx(2 * 47 / noise**2, rel=0.25)
     assert torch.allclose(known.settling().of_couplings(truth).sum(-1), alone / 4)
+    assert torch.allclose(known.choosing().of_couplings(truth).sum(-1), alone / 2)
     for layer in range(8):
         flipped = truth[layer].clone()
         flipped[layer] *= -1

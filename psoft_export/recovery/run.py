@@ -250,17 +250,15 @@ class RecoveryRun:
         """
         first, second = (search.state.found[name] for name in (_FIRST, _SECOND))
         self._tell("crossing the signs of two searches")
-        signs, known = first, search.known()
-        for other in (second, known.signs, *others):
-            signs = crossed(self._loss, self._train, signs, other, known.choosing())
+        known = search.known()
+        signs = self._crossed([first, second, known.signs, *others], known)
         known = search.known_again(signs, _CLOSING.trainings, self._note)
         self._tell(
             "trained again, generators agree with the adapter's "
             f"{known.related.errors:.0f} standard errors better than by chance"
         )
         grown = search.grown(known, _CLOSING.growth, self._note)
-        for other in (known.signs, grown):
-            signs = crossed(self._loss, self._train, signs, other, known.choosing())
+        signs = self._crossed([signs, known.signs, grown], known)
         polished = self._polished(signs, known.settling())
         alike = torch.ones_like(self._matters)
         for found in (first, second):
@@ -268,6 +266,14 @@ class RecoveryRun:
         returned = float(alike[self._matters].double().mean())
         self._tell(f"found by both searches: {returned:.1%}")
         return _Found(polished, returned)
+
+    def _crossed(self, found: Sequence[Tensor], known: Known) -> Tensor:
+        """The best of several sets of signs, layer by layer."""
+        signs, *others = found
+        chosen_by = known.choosing()
+        for other in others:
+            signs = crossed(self._loss, self._train, signs, other, chosen_by)
+        return signs
 
     def _polished(self, signs: Tensor, known: Known) -> Polished:
         return polish(
