@@ -1,5 +1,6 @@
 """Recovering signs: the relaxation, the search, the verdict, and the way to a merged checkpoint."""
 
+import itertools
 import json
 import math
 import re
@@ -35,19 +36,20 @@ from psoft_export.errors import (
 )
 from psoft_export.recovery import readings
 from psoft_export.recovery.agreement import agreement, agreement_by_chance, same_signs
-from psoft_export.recovery.polish import FlipSlopes, Polished, crossed, polish
+from psoft_export.recovery.polish import LIKELY, FlipSlopes, Polished, crossed, polish
 from psoft_export.recovery.readings import known_readings, own_reading, read_signs
 from psoft_export.recovery.retraining import (
     Batches,
     Known,
     Mean,
     Retrained,
+    retrained,
     synchronized,
 )
 from psoft_export.recovery.run import LEAST_STEPS, STEPS_OF_LATER, Outcome, RecoveryRun
 from psoft_export.recovery.run import STEPS as DEFAULT_STEPS
 from psoft_export.recovery.search import Cycle, SignSearch, Step
-from psoft_export.recovery.significance import least_sure
+from psoft_export.recovery.significance import is_below, least_sure
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import Losses
 from psoft_export.recovery.verdict import judge, judged
@@ -308,7 +310,7 @@ def test_the_search_finds_planted_signs(noise: float) -> None:
     search = SignSearch(loss, range(30), plan, rows=5, seed=1)  # type: ignore[arg-type]
     steps: list[Step] = []
     for count in (1, 2):
-        search.run_cycle(steps.append)
+        search.run_cycle(steps.append, search.state.found.get("one"))
         assert agreement(search.state.found["one"], truth, loss.every) == 1
         assert search.steps == search.state.steps == len(steps) == 110 * count
         assert steps[-1].undecided == 0
@@ -333,7 +335,8 @@ def test_a_search_goes_on_where_it_was_and_repeats_by_its_seed(tmp_path: Path) -
 
     def run_on(search: SignSearch, until: int) -> SignSearch:
         while search.state.done < until:
-            search.run_cycle(lambda _: None)
+            found = search.state.found.get(plan[search.state.done].search)
+            search.run_cycle(lambda _: None, found)
         return search
 
     def new(**options: Any) -> SignSearch:
@@ -389,8 +392,8 @@ def test_only_a_model_of_the_adapters_task_teaches(
     monkeypatch.setattr(loss, "loss", counted)
     plan = [Cycle("one", trainings=2, growth=20), Cycle("one", trainings=4, growth=20)]
     search = SignSearch(loss, range(30), plan, rows=5, seed=1)  # type: ignore[arg-type]
-    signs = search.run_cycle(lambda _: None).found["one"]
-    trained = search.run_cycle(lambda _: None).trained["one"]
+    signs = search.run_cycle(lambda _: None, None).found["one"]
+    trained = search.run_cycle(lambda _: None, signs).trained["one"]
     assert search.steps == 6 * 40 + 40
     # Growth takes five examples a step, and so do trainings by a teacher; those on the data four.
     on_data = 2 * 40 if is_its_task else 6 * 40
@@ -406,6 +409,34 @@ def test_only_a_model_of_the_adapters_task_teaches(
         assert not taught and trained.taught is None
         assert trained.whole.count == 6
         assert not search.known().weights.any()
+
+
+def test_a_step_of_a_training_takes_no_more_at_a_time_than_fits() -> None:
+    torch.manual_seed(8)
+    truth = torch.randint(2, (3, 24)) * 2.0 - 1
+    loss: Any = Generators(truth)
+    most, asked = [], loss.loss
+
+    def seen(examples: Any, *options: Any) -> tuple[Tensor, Tensor]:
+        most.append(len(examples))
+        result: tuple[Tensor, Tensor] = asked(examples, *options)
+        return result
+
+    loss.loss = seen
+    notes: list[float] = []
+    whole, parts = (
+        retrained(
+            loss,
+            Batches(range(16), 16, torch.Generator()),  # type: ignore[arg-type]
+            notes.append,
+            teacher=loss.generators(truth),
+            rows=rows,
+        )
+        for rows in (16, 6)
+    )
+    assert most == [16] * 40 + [6, 6, 4] * 40
+    assert torch.allclose(whole, parts, atol=1e-4 * float(whole.abs().max()))
+    assert notes[:40] == pytest.approx(notes[40:], rel=1e-4)
 
 
 def test_what_was_taught_is_weighed_without_what_was_not() -> None:
@@ -431,7 +462,7 @@ def test_a_slope_that_is_not_finite_stops_a_search() -> None:
     shared: dict[str, Any] = {"rows": 5, "seed": 1}
     search = SignSearch(loss, range(30), [Cycle("one", trainings=2, growth=10)], **shared)  # type: ignore[arg-type]
     with pytest.raises(NonFiniteError, match="its slope, is NaN or infinite"):
-        search.run_cycle(lambda _: None)
+        search.run_cycle(lambda _: None, None)
     with pytest.raises(NonFiniteError, match="its slope, is NaN or infinite"):
         search.grown(told_nothing(truth), 20, lambda _: None)
 
@@ -456,7 +487,9 @@ def test_the_polish_flips_signs_alone_and_in_groups(wrong: list[int]) -> None:
             loss.weights[1, first, second] = 0.05
     signs = truth.clone()
     signs[1, wrong] *= -1
-    found = polish(loss, range(30), signs, told_nothing(signs), 6, lambda _: None)
+    found = polish(
+        loss, range(30), signs, told_nothing(signs), 6, lambda _: None, least=LIKELY, rounds=6
+    )
     assert agreement(found.signs, truth, loss.every) == 1
     assert found.flipped in (len(wrong), 12 - len(wrong))
     assert (found.costs > 0).all()
@@ -468,7 +501,9 @@ def test_the_polish_leaves_alone_what_the_data_hardly_speak_against() -> None:
     loss.weights[1, 4] = loss.weights[1, :, 4] = 1e-3  # a flip is worth 1.3 nats
     signs = truth.clone()
     signs[1, 4] *= -1
-    found = polish(loss, range(30), signs, told_nothing(signs), 6, lambda _: None)
+    found = polish(
+        loss, range(30), signs, told_nothing(signs), 6, lambda _: None, least=LIKELY, rounds=6
+    )
     assert found.flipped == 0
     assert -6.9 < found.costs[1, 4] < 0
 
@@ -483,7 +518,7 @@ def test_the_polish_counts_what_trainings_say(told: float, flips: bool) -> None:
     known = told_nothing(signs)
     known.weights[1, 4, :] = known.weights[1, :, 4] = told / 11
     known.weights[1, 4, 4] = 0
-    found = polish(loss, range(30), signs, known, 6, lambda _: None)
+    found = polish(loss, range(30), signs, known, 6, lambda _: None, least=LIKELY, rounds=6)
     assert torch.equal(found.signs, truth if flips else signs)  # 2 · 3 + 1.3 nats are enough
     assert found.costs[1, 4] == pytest.approx(1.3 if flips else -1.3, abs=0.2)  # of the data alone
 
@@ -539,7 +574,7 @@ def test_a_start_that_is_right_is_taken_as_it_is() -> None:
 def test_trainings_alone_turn_no_sign_of_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Searched()
 
-    def against(_: SignSearch) -> Known:
+    def against(*_: object) -> Known:
         known = told_nothing(task.truth)
         wrong = task.wrong((1, 5))
         return replace(known, weights=1e3 * couplings(wrong))
@@ -575,6 +610,58 @@ def test_searches_that_disagree_go_on_as_far_as_they_may(tmp_path: Path) -> None
     state = file.read()
     assert state is not None and state.done == 4
     assert again.steps == STEPS
+
+
+@pytest.mark.parametrize("is_near", [True, False])
+def test_a_start_that_may_hold_betters_what_teaches(
+    is_near: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Searched()
+    halves = [task.wrong(*((layer, sign) for sign in range(8))) for layer in (1, 2)]
+    growing = itertools.cycle(halves)
+    monkeypatch.setattr(SignSearch, "grown", lambda *_: next(growing))
+    half = task.wrong(*((layer, sign) for layer in range(3) for sign in range(12)))
+    silent = told_nothing(half)
+    related = replace(silent.related, found=torch.full((3,), 9.0))  # surely
+    monkeypatch.setattr(SignSearch, "known", lambda *_: replace(silent, related=related))
+    teachers: list[Tensor | None] = []
+    cycle = SignSearch.run_cycle
+
+    def seen(search: SignSearch, note: Any, teacher: Tensor | None) -> Any:
+        teachers.append(teacher)
+        return cycle(search, note, teacher)
+
+    monkeypatch.setattr(SignSearch, "run_cycle", seen)
+    start = task.wrong((0, 3)) if is_near else half
+    found = task.run({"start": start}, steps=LEAST_STEPS + STEPS_OF_LATER)
+    assert found.start is not None and is_below(found.start, found.base) == is_near
+    assert len(teachers) == 4
+    assert teachers[0] is teachers[1] is None
+    for teacher, found_first in zip(teachers[2:], halves, strict=True):
+        assert teacher is not None
+        wanted = task.truth if is_near else found_first
+        assert agreement(teacher, wanted, task.loss.every) == 1
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_signs_that_two_searches_do_not_share_are_polished_in_one_round(
+    alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Searched()
+    other = task.truth if alike else task.wrong(*((1, sign) for sign in range(8)))
+    growing = itertools.cycle([task.truth, other])
+    monkeypatch.setattr(SignSearch, "grown", lambda *_: next(growing))
+    rounds: list[int] = []
+    nothing = torch.zeros(task.truth.shape, dtype=torch.float64)
+
+    def polished(*arguments: Any, **options: Any) -> Polished:
+        rounds.append(options["rounds"])
+        return Polished(arguments[2], nothing, nothing, 0, 1.0, 1.0)
+
+    monkeypatch.setattr("psoft_export.recovery.run.polish", polished)
+    found = task.run({}, steps=LEAST_STEPS)
+    assert rounds == [6 if alike else 1]
+    assert (found.returned >= found.needed) == alike
 
 
 def test_searches_that_agree_stop() -> None:

@@ -11,7 +11,14 @@ from torch import Tensor
 from psoft_export.errors import OutputError
 from psoft_export.recovery.agreement import agreement, agreement_by_chance, same_signs
 from psoft_export.recovery.examples import Example
-from psoft_export.recovery.polish import Polished, crossed, polish, unpolished
+from psoft_export.recovery.polish import (
+    LIKELY,
+    SETTLED,
+    Polished,
+    crossed,
+    polish,
+    unpolished,
+)
 from psoft_export.recovery.retraining import Known
 from psoft_export.recovery.search import Cycle, SearchState, SignSearch, Step
 from psoft_export.recovery.significance import is_below
@@ -31,6 +38,7 @@ _STEPS_BETWEEN_NOTES = 20
 _RETURNED = 0.97  # of the signs that matter must be found alike by two searches
 _HOLDS = 0.5  # of what signs agree in beyond chance, if one has never seen the data
 _SAME = 0.985  # of the signs that matter two searches agree in, and then need no more cycles
+_ROUNDS = 6  # of the polish at most
 _SEARCH_SHARE = 0.5  # of a time limit, for the searches; the rest for crossing and polish
 
 
@@ -172,14 +180,14 @@ class RecoveryRun:
         if not self._matters.any():
             signs = readings[name] if name else torch.ones(self._loss.rotations.shape)
             return outcome(_Found(unpolished(self._loss, self._train, signs), 1.0))
-        may_hold = start is not None and is_below(start, base)
-        if may_hold:
+        others = [readings[name]] if start is not None and is_below(start, base) else []
+        if others and search.state.done <= 1:
             self._run(search, until=1)
             holds = self._held(search, readings[name])
             if holds is not None:
                 return outcome(holds)
-        self._run(search, until=len(search.plan))
-        return outcome(self._closed(search, [readings[name]] if may_hold else []))
+        self._run(search, until=len(search.plan), others=others)
+        return outcome(self._closed(search, others))
 
     def _scores(self, readings: Mapping[str, Tensor]) -> dict[str, float]:
         """The loss at each reading, of a part of the data."""
@@ -206,15 +214,21 @@ class RecoveryRun:
         if returned < needed:
             return None
         # Trainings have led to no sign of an SVD either, and err where the data hardly tell.
-        polished = self._polished(signs, search.known().silent())
+        polished = self._polished(signs, search.known().silent(), least=SETTLED, rounds=1)
         return _Found(polished, returned, needed, holds=True) if not polished.flipped else None
 
-    def _run(self, search: SignSearch, until: int) -> None:
-        """Run cycles, up to a number of them done, or until that is enough."""
+    def _run(self, search: SignSearch, until: int, others: Sequence[Tensor] = ()) -> None:
+        """Run cycles, up to a number of them done, or until that is enough.
+
+        Args:
+            search: to go on with.
+            until: so many are done.
+            others: signs that may be better in some layers than those that a search found.
+        """
         while search.state.done < until and not self._is_enough(search):
             name, before = search.plan[search.state.done].search, search.state
             began = time.monotonic()
-            state = search.run_cycle(self._note)
+            state = search.run_cycle(self._note, self._teacher(search, name, others))
             self._step_seconds = (time.monotonic() - began) / (state.steps - before.steps)
             told = f"recovering: cycle {state.done} of at most {len(search.plan)} is done"
             if name in before.found:
@@ -222,6 +236,21 @@ class RecoveryRun:
                 told += f", {moved:.1%} of the signs moved"
             self._tell(told)
             self._keep(state)
+
+    def _teacher(self, search: SignSearch, name: str, others: Sequence[Tensor]) -> Tensor | None:
+        """What a search, by its name, has found, with each layer that is better elsewhere.
+
+        That is in what its trainings say by themselves, and in others. None before its first cycle,
+        or where the trainings are not of the adapter's task.
+        """
+        found = search.state.found.get(name)
+        if found is None:
+            return None
+        known = search.known(name)
+        if not known.related.is_sure:
+            return None
+        self._tell("crossing what a search found with what its trainings say")
+        return self._crossed([found, known.signs, *others], known)
 
     def _is_enough(self, search: SignSearch) -> bool:
         """Whether no more cycles are needed, or there is no time for two."""
@@ -259,7 +288,10 @@ class RecoveryRun:
         )
         grown = search.grown(known, _CLOSING.growth, self._note)
         signs = self._crossed([signs, known.signs, grown], known)
-        polished = self._polished(signs, known.settling())
+        # Where two searches agree in too little nothing is recovered, however much is polished.
+        agreeing = agreement(first, second, self._matters)
+        rounds = _ROUNDS if agreeing >= _RETURNED else 1
+        polished = self._polished(signs, known.settling(), least=LIKELY, rounds=rounds)
         alike = torch.ones_like(self._matters)
         for found in (first, second):
             alike &= same_signs(polished.signs, found, self._matters)
@@ -275,7 +307,7 @@ class RecoveryRun:
             signs = crossed(self._loss, self._train, signs, other, chosen_by)
         return signs
 
-    def _polished(self, signs: Tensor, known: Known) -> Polished:
+    def _polished(self, signs: Tensor, known: Known, least: float, rounds: int) -> Polished:
         return polish(
             self._loss,
             self._train,
@@ -283,6 +315,8 @@ class RecoveryRun:
             known,
             self._rows,
             self._tell,
+            least=least,
+            rounds=rounds,
             is_over=lambda: time.monotonic() > self._ends,
         )
 

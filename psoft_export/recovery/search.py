@@ -28,6 +28,7 @@ from torch import Tensor
 from psoft_export.algebra.relaxed_signs import vector_couplings
 from psoft_export.recovery.examples import Example
 from psoft_export.recovery.retraining import (
+    TAUGHT_ROWS,
     TRAINING_ROWS,
     TRAINING_STEPS,
     Batches,
@@ -131,7 +132,7 @@ class SignSearch:
             loss: the task's loss.
             examples: what is searched on.
             plan: the cycles, in order.
-            rows: examples in a step of growth, and of a training by a teacher.
+            rows: examples in a step of growth; a step of a training takes so many at a time.
             seed: of everything random.
             state: where to go on, of a search with the same arguments.
         """
@@ -144,11 +145,12 @@ class SignSearch:
         self._generator.set_state(self.state.generator)
         self.steps = self.state.steps
 
-    def run_cycle(self, note: Callable[[Step], None]) -> SearchState:
+    def run_cycle(self, note: Callable[[Step], None], teacher: Tensor | None) -> SearchState:
         """The next cycle; returns the state after it, which is also kept.
 
         Args:
             note: told of every step.
+            teacher: signs that teach its trainings (±1, modules × r); None: the data do.
 
         Raises:
             NonFiniteError: the loss, or its slope, is NaN or infinite.
@@ -157,7 +159,7 @@ class SignSearch:
         trained = self._trained_again(
             cycle.trainings,
             state.trained.get(cycle.search),
-            state.found.get(cycle.search),
+            teacher,
             note,
         )
         known = Known.by(self._loss.rotations, trained, self._generator)
@@ -171,9 +173,10 @@ class SignSearch:
         )
         return self.state
 
-    def known(self) -> Known:
-        """What the trainings of all searches say."""
-        return Known.by(self._loss.rotations, self._of_all(), self._generator)
+    def known(self, name: str | None = None) -> Known:
+        """What the trainings of one search by its name say, or those of all."""
+        trained = self._of_all() if name is None else self.state.trained[name]
+        return Known.by(self._loss.rotations, trained, self._generator)
 
     def known_again(self, signs: Tensor, trainings: int, note: Callable[[Step], None]) -> Known:
         """The same, with further trainings, as signs (±1, modules × r) found by now have them."""
@@ -202,10 +205,13 @@ class SignSearch:
         teacher, examples, rows = None, self._examples, TRAINING_ROWS
         if before is not None and signs is not None and self._is_its_task(before):
             teacher = self._loss.generators(signs)
-            examples, rows = self._written(teacher), self._rows
+            examples, rows = self._written(teacher), TAUGHT_ROWS
         batches, told = self._batches(examples, rows), self._noting(note)
         given = Mean.of(
-            [retrained(self._loss, batches, told, teacher=teacher) for _ in range(trainings)]
+            [
+                retrained(self._loss, batches, told, teacher=teacher, rows=self._rows)
+                for _ in range(trainings)
+            ]
         )
         if before is None:
             return Retrained(given)
