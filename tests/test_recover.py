@@ -36,7 +36,7 @@ from psoft_export.errors import (
 )
 from psoft_export.recovery import readings
 from psoft_export.recovery.agreement import agreement, agreement_by_chance, same_signs
-from psoft_export.recovery.polish import LIKELY, FlipSlopes, Polished, crossed, polish
+from psoft_export.recovery.polish import FlipSlopes, Polished, crossed, polish
 from psoft_export.recovery.readings import known_readings, own_reading, read_signs
 from psoft_export.recovery.retraining import (
     Batches,
@@ -487,9 +487,7 @@ def test_the_polish_flips_signs_alone_and_in_groups(wrong: list[int]) -> None:
             loss.weights[1, first, second] = 0.05
     signs = truth.clone()
     signs[1, wrong] *= -1
-    found = polish(
-        loss, range(30), signs, told_nothing(signs), 6, lambda _: None, least=LIKELY, rounds=6
-    )
+    found = polish(loss, range(30), signs, told_nothing(signs), 6, lambda _: None, rounds=6)
     assert agreement(found.signs, truth, loss.every) == 1
     assert found.flipped in (len(wrong), 12 - len(wrong))
     assert (found.costs > 0).all()
@@ -501,9 +499,7 @@ def test_the_polish_leaves_alone_what_the_data_hardly_speak_against() -> None:
     loss.weights[1, 4] = loss.weights[1, :, 4] = 1e-3  # a flip is worth 1.3 nats
     signs = truth.clone()
     signs[1, 4] *= -1
-    found = polish(
-        loss, range(30), signs, told_nothing(signs), 6, lambda _: None, least=LIKELY, rounds=6
-    )
+    found = polish(loss, range(30), signs, told_nothing(signs), 6, lambda _: None, rounds=6)
     assert found.flipped == 0
     assert -6.9 < found.costs[1, 4] < 0
 
@@ -518,7 +514,7 @@ def test_the_polish_counts_what_trainings_say(told: float, flips: bool) -> None:
     known = told_nothing(signs)
     known.weights[1, 4, :] = known.weights[1, :, 4] = told / 11
     known.weights[1, 4, 4] = 0
-    found = polish(loss, range(30), signs, known, 6, lambda _: None, least=LIKELY, rounds=6)
+    found = polish(loss, range(30), signs, known, 6, lambda _: None, rounds=6)
     assert torch.equal(found.signs, truth if flips else signs)  # 2 · 3 + 1.3 nats are enough
     assert found.costs[1, 4] == pytest.approx(1.3 if flips else -1.3, abs=0.2)  # of the data alone
 

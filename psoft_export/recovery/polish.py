@@ -1,8 +1,9 @@
 """From signs that a search found to signs that no flip betters by much.
 
 A flip is kept where the data, and what training on them says (`recovery.retraining`), speak for it
-20 to 1. Where they say less, what the search found is the better guess: it comes from the whole way
-that the layers grew along, on which signs matter that hardly do at its end.
+as the data do for a settled sign. Where they say less, what the search found is the better guess:
+it comes from the whole way that the layers grew along, on which signs matter that hardly do at its
+end.
 
 What a flip costs is predicted for all signs, and for groups of a layer's, from one pass: with a(x)
 the slope of the loss of example x along a flip, the cost is Σₓ a(x) + ½ Σₓ a(x)², whose second term
@@ -24,7 +25,6 @@ from psoft_export.recovery.retraining import Known
 from psoft_export.recovery.task_loss import TaskLoss
 
 SETTLED = math.log(1000)  # nats by which data and trainings speak for a sign
-LIKELY = math.log(20)  # the same, for other signs than those that were found
 _TRIED = 48  # flips a round of the polish
 _SCREENED = 3  # of so many examples one tells whether a change is worth running the others
 _FEW_KEPT = 2  # flips of a round, after which the next is not worth it
@@ -184,13 +184,12 @@ class Trials:
         told = sum(self._known.lost(layer, signs) for layer, signs in enumerate(self.signs))
         return float(self._sums.sum()) + told
 
-    def change(self, layer: int, signs: Tensor, least: float) -> Trial:
-        """Give a layer other signs, if data and trainings speak for them.
+    def change(self, layer: int, signs: Tensor) -> Trial:
+        """Give a layer other signs, if that gains `SETTLED` nats.
 
         Args:
             layer: which.
             signs: ±1 (r).
-            least: by how many nats they must.
         """
         kept = self.signs[layer].clone()
         told = self._known.lost(layer, signs) - self._known.lost(layer, kept)
@@ -203,7 +202,7 @@ class Trials:
             rest = torch.arange(len(sums)) % _SCREENED > 0
             sums[rest] = self._loss.losses(self._others, self.signs).sums
             cost = float((sums - self._sums).sum())
-        is_kept = is_whole and cost + told < -least
+        is_kept = is_whole and cost + told < -SETTLED
         if is_kept:
             self._sums = sums
         else:
@@ -214,7 +213,7 @@ class Trials:
 def crossed(
     loss: TaskLoss, examples: Sequence[Example], signs: Tensor, others: Tensor, known: Known
 ) -> Tensor:
-    """The better of two sets of signs, with every layer of the other that is likely to better it.
+    """The better of two sets of signs, with every layer of the other that betters it by `SETTLED`.
 
     Two searches that ended in different minima differ in whole groups of a layer's signs, and of
     each layer either may have the right ones.
@@ -233,7 +232,7 @@ def crossed(
     differing = (~same_signs(better.signs, worse.signs, every)).sum(1)
     for layer in differing.argsort(descending=True, stable=True).tolist():
         if differing[layer]:
-            better.change(layer, worse.signs[layer], LIKELY)
+            better.change(layer, worse.signs[layer])
     return better.signs
 
 
@@ -268,11 +267,12 @@ def polish(
     rows: int,
     note: Callable[[str], None],
     *,
-    least: float,
     rounds: int,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Polished:
-    """Flip signs, alone and in groups of a layer, where data and trainings speak for that.
+    """Flip signs, alone and in groups of a layer, where that gains `SETTLED` nats.
+
+    Data and trainings count together.
 
     In each round what is predicted to cost least is tried, `_TRIED` flips at most, and each is
     measured before it is kept. A round that keeps `_FEW_KEPT` or fewer is the last.
@@ -284,7 +284,6 @@ def polish(
         known: what trainings say of signs.
         rows: examples at a time.
         note: told in a few words of each round.
-        least: by how many nats they must.
         rounds: how many at most.
         is_over: whether time is up; asked between flips.
     """
@@ -301,7 +300,7 @@ def polish(
                 break
             turned = trials.signs[layer].clone()
             turned[members] *= -1
-            trial = trials.change(layer, turned, least)
+            trial = trials.change(layer, turned)
             if trial.is_kept:
                 kept += 1
                 flipped += len(members)

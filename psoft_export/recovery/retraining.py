@@ -33,7 +33,7 @@ from psoft_export.recovery.task_loss import TaskLoss, not_finite
 
 TRAINING_STEPS = 40
 TRAINING_ROWS = 4  # of the data in a step; few, so that the noise of two trainings differs
-TAUGHT_ROWS = 16  # the same, of what a teacher wrote; they agree with it the better for more
+TAUGHT_ROWS = 16  # the same, of what a teacher wrote; the more, the less noise
 _RATE = 0.15  # of the mean size of the adapter's generators, a step
 _WARM_UP = 5  # steps
 _BETAS = (0.9, 0.99)

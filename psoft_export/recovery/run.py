@@ -11,14 +11,7 @@ from torch import Tensor
 from psoft_export.errors import OutputError
 from psoft_export.recovery.agreement import agreement, agreement_by_chance, same_signs
 from psoft_export.recovery.examples import Example
-from psoft_export.recovery.polish import (
-    LIKELY,
-    SETTLED,
-    Polished,
-    crossed,
-    polish,
-    unpolished,
-)
+from psoft_export.recovery.polish import Polished, crossed, polish, unpolished
 from psoft_export.recovery.retraining import Known
 from psoft_export.recovery.search import Cycle, SearchState, SignSearch, Step
 from psoft_export.recovery.significance import is_below
@@ -37,7 +30,7 @@ _MOST_STEPS = 24_000  # within a time limit
 _STEPS_BETWEEN_NOTES = 20
 _RETURNED = 0.97  # of the signs that matter must be found alike by two searches
 _HOLDS = 0.5  # of what signs agree in beyond chance, if one has never seen the data
-_SAME = 0.985  # of the signs that matter two searches agree in, and then need no more cycles
+_SAME = 0.98  # of the signs that matter two searches agree in, and then need no more cycles
 _ROUNDS = 6  # of the polish at most
 _SEARCH_SHARE = 0.5  # of a time limit, for the searches; the rest for crossing and polish
 
@@ -214,7 +207,7 @@ class RecoveryRun:
         if returned < needed:
             return None
         # Trainings have led to no sign of an SVD either, and err where the data hardly tell.
-        polished = self._polished(signs, search.known().silent(), least=SETTLED, rounds=1)
+        polished = self._polished(signs, search.known().silent(), rounds=1)
         return _Found(polished, returned, needed, holds=True) if not polished.flipped else None
 
     def _run(self, search: SignSearch, until: int, others: Sequence[Tensor] = ()) -> None:
@@ -291,7 +284,7 @@ class RecoveryRun:
         # Where two searches agree in too little nothing is recovered, however much is polished.
         agreeing = agreement(first, second, self._matters)
         rounds = _ROUNDS if agreeing >= _RETURNED else 1
-        polished = self._polished(signs, known.settling(), least=LIKELY, rounds=rounds)
+        polished = self._polished(signs, known.settling(), rounds=rounds)
         alike = torch.ones_like(self._matters)
         for found in (first, second):
             alike &= same_signs(polished.signs, found, self._matters)
@@ -307,7 +300,7 @@ class RecoveryRun:
             signs = crossed(self._loss, self._train, signs, other, chosen_by)
         return signs
 
-    def _polished(self, signs: Tensor, known: Known, least: float, rounds: int) -> Polished:
+    def _polished(self, signs: Tensor, known: Known, rounds: int) -> Polished:
         return polish(
             self._loss,
             self._train,
@@ -315,7 +308,6 @@ class RecoveryRun:
             known,
             self._rows,
             self._tell,
-            least=least,
             rounds=rounds,
             is_over=lambda: time.monotonic() > self._ends,
         )
