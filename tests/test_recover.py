@@ -43,7 +43,6 @@ from psoft_export.recovery.retraining import (
     Known,
     Mean,
     Retrained,
-    retrained,
     synchronized,
 )
 from psoft_export.recovery.run import LEAST_STEPS, STEPS_OF_LATER, Outcome, RecoveryRun
@@ -409,34 +408,6 @@ def test_only_a_model_of_the_adapters_task_teaches(
         assert not taught and trained.taught is None
         assert trained.whole.count == 6
         assert not search.known().weights.any()
-
-
-def test_a_step_of_a_training_takes_no_more_at_a_time_than_fits() -> None:
-    torch.manual_seed(8)
-    truth = torch.randint(2, (3, 24)) * 2.0 - 1
-    loss: Any = Generators(truth)
-    most, asked = [], loss.loss
-
-    def seen(examples: Any, *options: Any) -> tuple[Tensor, Tensor]:
-        most.append(len(examples))
-        result: tuple[Tensor, Tensor] = asked(examples, *options)
-        return result
-
-    loss.loss = seen
-    notes: list[float] = []
-    whole, parts = (
-        retrained(
-            loss,
-            Batches(range(16), 16, torch.Generator()),  # type: ignore[arg-type]
-            notes.append,
-            teacher=loss.generators(truth),
-            rows=rows,
-        )
-        for rows in (16, 6)
-    )
-    assert most == [16] * 40 + [6, 6, 4] * 40
-    assert torch.allclose(whole, parts, atol=1e-4 * float(whole.abs().max()))
-    assert notes[:40] == pytest.approx(notes[40:], rel=1e-4)
 
 
 def test_what_was_taught_is_weighed_without_what_was_not() -> None:

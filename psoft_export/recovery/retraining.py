@@ -33,7 +33,6 @@ from psoft_export.recovery.task_loss import TaskLoss, not_finite
 
 TRAINING_STEPS = 40
 TRAINING_ROWS = 4  # of the data in a step; few, so that the noise of two trainings differs
-TAUGHT_ROWS = 16  # the same, of what a teacher wrote; the more, the less noise
 _RATE = 0.15  # of the mean size of the adapter's generators, a step
 _WARM_UP = 5  # steps
 _BETAS = (0.9, 0.99)
@@ -117,8 +116,7 @@ def retrained(
     batches: Iterator[list[Example]],
     note: Callable[[float], None],
     *,
-    teacher: Tensor | None,
-    rows: int,
+    teacher: Tensor | None = None,
 ) -> Tensor:
     """Generators after `TRAINING_STEPS` of Adam (arXiv 1412.6980) from zero (modules × r × r, CPU).
 
@@ -128,7 +126,6 @@ def retrained(
         note: told the loss of each batch, in nats a target.
         teacher: generators of the model whose answers are learnt (modules × r × r); None: the
             examples' own are.
-        rows: examples at a time, that memory has room for.
 
     Raises:
         NonFiniteError: the loss, or its slope, is NaN or infinite.
@@ -139,12 +136,9 @@ def retrained(
     decay, decay_second = _BETAS
     for step, batch in zip(range(1, TRAINING_STEPS + 1), batches, strict=False):
         here = position.detach().requires_grad_(True)
-        slope, lost, targets = torch.zeros_like(here), 0.0, 0.0
-        for start in range(0, len(batch), rows):
-            sums, counts = loss.loss(batch[start : start + rows], here, teacher)
-            part = sums.sum()  # of a mean, slopes would be too small for half precision
-            slope += torch.autograd.grad(part, here)[0]
-            lost, targets = lost + float(part.detach()), targets + float(counts.sum())
+        sums, counts = loss.loss(batch, here, teacher)
+        lost = sums.sum()  # of a mean, slopes would be too small for half precision
+        (slope,) = torch.autograd.grad(lost, here)
         if not slope.isfinite().all():
             raise not_finite("the loss of a batch, or its slope,")
         slope = loss.rotations.moves(slope)
@@ -153,7 +147,7 @@ def retrained(
         size = (second / (1 - decay_second**step)).sqrt() + torch.finfo(slope.dtype).tiny
         warm = min(1.0, step / _WARM_UP)
         position -= warm * rate / (1 - decay**step) * first / size
-        note(lost / targets)
+        note(float(lost.detach() / counts.sum()))
     return position.cpu()
 
 

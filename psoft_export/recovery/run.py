@@ -30,7 +30,7 @@ _MOST_STEPS = 24_000  # within a time limit
 _STEPS_BETWEEN_NOTES = 20
 _RETURNED = 0.97  # of the signs that matter must be found alike by two searches
 _HOLDS = 0.5  # of what signs agree in beyond chance, if one has never seen the data
-_SAME = 0.98  # of the signs that matter two searches agree in, and then need no more cycles
+_SAME = 0.985  # of the signs that matter two searches agree in, and then need no more cycles
 _ROUNDS = 6  # of the polish at most
 _SEARCH_SHARE = 0.5  # of a time limit, for the searches; the rest for crossing and polish
 
@@ -231,19 +231,15 @@ class RecoveryRun:
             self._keep(state)
 
     def _teacher(self, search: SignSearch, name: str, others: Sequence[Tensor]) -> Tensor | None:
-        """What a search, by its name, has found, with each layer that is better elsewhere.
+        """What a search, by its name, has found, with each layer that others surely better.
 
-        That is in what its trainings say by themselves, and in others. None before its first cycle,
-        or where the trainings are not of the adapter's task.
+        None before its first cycle.
         """
         found = search.state.found.get(name)
-        if found is None:
-            return None
-        known = search.known(name)
-        if not known.related.is_sure:
-            return None
-        self._tell("crossing what a search found with what its trainings say")
-        return self._crossed([found, known.signs, *others], known)
+        if found is None or not others:
+            return found
+        self._tell("crossing what a search found with the start")
+        return self._crossed([found, *others], search.known(name))
 
     def _is_enough(self, search: SignSearch) -> bool:
         """Whether no more cycles are needed, or there is no time for two."""

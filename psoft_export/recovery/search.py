@@ -28,7 +28,6 @@ from torch import Tensor
 from psoft_export.algebra.relaxed_signs import vector_couplings
 from psoft_export.recovery.examples import Example
 from psoft_export.recovery.retraining import (
-    TAUGHT_ROWS,
     TRAINING_ROWS,
     TRAINING_STEPS,
     Batches,
@@ -132,7 +131,7 @@ class SignSearch:
             loss: the task's loss.
             examples: what is searched on.
             plan: the cycles, in order.
-            rows: examples in a step of growth; a step of a training takes so many at a time.
+            rows: examples in a step of growth, and of a training by a teacher.
             seed: of everything random.
             state: where to go on, of a search with the same arguments.
         """
@@ -205,13 +204,10 @@ class SignSearch:
         teacher, examples, rows = None, self._examples, TRAINING_ROWS
         if before is not None and signs is not None and self._is_its_task(before):
             teacher = self._loss.generators(signs)
-            examples, rows = self._written(teacher), TAUGHT_ROWS
+            examples, rows = self._written(teacher), self._rows
         batches, told = self._batches(examples, rows), self._noting(note)
         given = Mean.of(
-            [
-                retrained(self._loss, batches, told, teacher=teacher, rows=self._rows)
-                for _ in range(trainings)
-            ]
+            [retrained(self._loss, batches, told, teacher=teacher) for _ in range(trainings)]
         )
         if before is None:
             return Retrained(given)
