@@ -173,8 +173,8 @@ class RecoveryRun:
         if not self._matters.any():
             signs = readings[name] if name else torch.ones(self._loss.rotations.shape)
             return outcome(_Found(unpolished(self._loss, self._train, signs), 1.0))
-        others = [readings[name]] if start is not None and is_below(start, base) else []
-        if others and search.state.done <= 1:
+        others = [readings[name]] if start is not None and start.mean < base.mean else []
+        if start is not None and is_below(start, base) and search.state.done <= 1:
             self._run(search, until=1)
             holds = self._held(search, readings[name])
             if holds is not None:
