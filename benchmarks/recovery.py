@@ -43,7 +43,7 @@ from psoft_export.algebra.rotation import rotation_angles
 from psoft_export.basis.signs import signs_at
 from psoft_export.recovery.examples import WINDOW
 from psoft_export.recovery.polish import SETTLED
-from psoft_export.recovery.run import LEAST_STEPS, STEPS
+from psoft_export.recovery.run import LEAST_STEPS, STEPS, STEPS_OF_LATER
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -54,7 +54,7 @@ from train import RECIPES, Recipe, train_adapter  # noqa: E402
 BUNDLED = EXAMPLES / "byte_llama"
 STUDY = Path("study")  # results, and adapters that only the study needs; `make lint` empties build
 QUARTER = STEPS // 4
-STUDIED_STEPS = 710  # at most, where many cases would take all of `STEPS`
+STUDIED_STEPS = LEAST_STEPS + 3 * STEPS_OF_LATER  # where many cases would take all of `STEPS`
 ARITHMETIC, PROSE = "arithmetic-strict-r32", "prose-relaxed-r64"
 
 

@@ -48,7 +48,7 @@ from psoft_export.recovery.retraining import (
 from psoft_export.recovery.run import LEAST_STEPS, STEPS_OF_LATER, Outcome, RecoveryRun
 from psoft_export.recovery.run import STEPS as DEFAULT_STEPS
 from psoft_export.recovery.search import Cycle, SignSearch, Step
-from psoft_export.recovery.significance import is_below, least_sure
+from psoft_export.recovery.significance import least_sure
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import Losses
 from psoft_export.recovery.verdict import judge, judged
@@ -579,18 +579,18 @@ def test_searches_that_disagree_go_on_as_far_as_they_may(tmp_path: Path) -> None
     assert again.steps == STEPS
 
 
-@pytest.mark.parametrize("is_near", [True, False])
-def test_a_start_that_may_hold_betters_what_teaches(
-    is_near: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("is_near", "is_sure"), [(True, True), (True, False), (False, True)])
+def test_a_start_below_the_base_betters_what_teaches(
+    is_near: bool, is_sure: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = Searched()
     halves = [task.wrong(*((layer, sign) for sign in range(8))) for layer in (1, 2)]
     growing = itertools.cycle(halves)
     monkeypatch.setattr(SignSearch, "grown", lambda *_: next(growing))
     half = task.wrong(*((layer, sign) for layer in range(3) for sign in range(12)))
-    silent = told_nothing(half)
-    related = replace(silent.related, found=torch.full((3,), 9.0))  # surely
-    monkeypatch.setattr(SignSearch, "known", lambda *_: replace(silent, related=related))
+    monkeypatch.setattr(SignSearch, "known", lambda *_: told_nothing(half))
+    if not is_sure:  # that it is below by more than chance
+        monkeypatch.setattr("psoft_export.recovery.run.is_below", lambda *_: False)
     teachers: list[Tensor | None] = []
     cycle = SignSearch.run_cycle
 
@@ -601,13 +601,36 @@ def test_a_start_that_may_hold_betters_what_teaches(
     monkeypatch.setattr(SignSearch, "run_cycle", seen)
     start = task.wrong((0, 3)) if is_near else half
     found = task.run({"start": start}, steps=LEAST_STEPS + STEPS_OF_LATER)
-    assert found.start is not None and is_below(found.start, found.base) == is_near
+    assert found.start is not None and (found.start.mean < found.base.mean) == is_near
     assert len(teachers) == 4
     assert teachers[0] is teachers[1] is None
     for teacher, found_first in zip(teachers[2:], halves, strict=True):
         assert teacher is not None
         wanted = task.truth if is_near else found_first
         assert agreement(teacher, wanted, task.loss.every) == 1
+
+
+def test_a_search_with_a_start_goes_on_as_if_it_had_not_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Searched()
+    halves = [task.wrong(*((layer, sign) for sign in range(8))) for layer in (1, 2)]
+    monkeypatch.setattr(SignSearch, "grown", lambda search, *_: halves[search.state.done % 2])
+    start = {"near": task.wrong((0, 1), (1, 2), (2, 3))}
+    straight, stopped = (StateFile(tmp_path, key) for key in ("00", "01"))
+    task.run(start, steps=STEPS, file=straight)
+    assert any("of the start was found from nothing" in text for text in task.told)
+    task.run(start, steps=LEAST_STEPS, file=stopped)
+    task.told.clear()
+    task.run(start, steps=STEPS, file=stopped)
+    assert any("going on after 2 cycles" in text for text in task.told)
+    assert not any("of the start was found from nothing" in text for text in task.told)
+    wanted, found = straight.read(), stopped.read()
+    assert wanted is not None and found is not None
+    assert wanted.done == found.done == 4
+    assert torch.equal(wanted.generator, found.generator)
+    for name, signs in wanted.found.items():
+        assert torch.equal(found.found[name], signs)
 
 
 @pytest.mark.parametrize("alike", [True, False])

@@ -173,7 +173,9 @@ class RecoveryRun:
         if not self._matters.any():
             signs = readings[name] if name else torch.ones(self._loss.rotations.shape)
             return outcome(_Found(unpolished(self._loss, self._train, signs), 1.0))
+        # Crossing takes a layer only if it gains by itself, so that chance may have put it there.
         others = [readings[name]] if start is not None and start.mean < base.mean else []
+        # Of a search that went further before, the start did not hold.
         if start is not None and is_below(start, base) and search.state.done <= 1:
             self._run(search, until=1)
             holds = self._held(search, readings[name])
