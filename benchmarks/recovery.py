@@ -133,6 +133,7 @@ class Result:
         steps: done.
         angle: the median of the rotations' angles, in degrees.
         rank: r.
+        threads: that computed.
         seconds: wall time.
         peak_bytes: see `RecoveryReport`.
     """
@@ -152,6 +153,7 @@ class Result:
     steps: int
     angle: float
     rank: int
+    threads: int
     seconds: float
     peak_bytes: int
 
@@ -255,6 +257,7 @@ def _measured_in(folder: Path, case: Case) -> Result:
         steps=report.steps,
         angle=_median_angle(loaded),
         rank=loaded.rank,
+        threads=torch.get_num_threads(),
         seconds=seconds,
         peak_bytes=report.peak_bytes,
     )
@@ -288,9 +291,10 @@ def rows(results: Sequence[Result]) -> Iterator[str]:
     yield (
         "| adapter | r | angle | signs of | text, KB | steps | seed | dtype | device | verdict | "
         "right | wrong | expected wrong | right of settled | settled | found again | base | "
-        "true signs | found | above true | text prefers found, nats | minutes | memory, GB |"
+        "true signs | found | above true | text prefers found, nats | threads | minutes | "
+        "memory, GB |"
     )
-    yield "| --- | --: | --: | --- | --: | --: | --: | --- | --- | --- |" + " --: |" * 13
+    yield "| --- | --: | --: | --- | --: | --: | --: | --- | --- | --- |" + " --: |" * 14
     for r in results:
         c = r.case
         text = f"{c.kilobytes}" + (f" of `{c.text}`" if c.text else "")
@@ -301,7 +305,7 @@ def rows(results: Sequence[Result]) -> Iterator[str]:
             f"{r.right:.1%} | {r.wrong} | {r.expected_wrong:.1f} | {of_settled} | "
             f"{r.settled:.1%} | {r.returned:.1%} | {r.base_loss:.3f} | {r.true_loss:.3f} | "
             f"{r.loss:.3f} | {r.above_true:+.2%} | "
-            f"{r.preferred:+.0f} | {r.seconds / 60:.1f} | {r.peak_bytes / 1e9:.1f} |"
+            f"{r.preferred:+.0f} | {r.threads} | {r.seconds / 60:.1f} | {r.peak_bytes / 1e9:.1f} |"
         )
 
 
