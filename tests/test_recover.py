@@ -633,6 +633,25 @@ def test_a_search_with_a_start_goes_on_as_if_it_had_not_stopped(
         assert torch.equal(found.found[name], signs)
 
 
+def test_of_many_examples_a_sample_crosses_and_polishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psoft_export.recovery.run._WEIGHED", 9)
+    monkeypatch.setattr("psoft_export.recovery.run._SCORED", 5)
+    task = Searched()
+    seen: list[tuple[int, ...]] = []
+    losses = task.loss.losses
+    monkeypatch.setattr(
+        task.loss, "losses", lambda run, signs: seen.append(tuple(run)) or losses(run, signs)
+    )
+    found = task.run({"near": task.wrong((0, 1), (1, 2), (2, 3))})
+    assert agreement(found.polished.signs, task.truth, task.loss.every) == 1
+    assert found.polished.targets == 9
+    held_out = tuple(range(24, 30))
+    weighed = {run for run in seen if len(run) == 9}
+    assert {len(run) for run in seen if run != held_out} == {3, 5, 6, 9}  # a third is run first
+    assert len(weighed) == 1
+    assert all(set(run) <= set(*weighed) for run in seen if len(run) == 3)
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_signs_that_two_searches_do_not_share_are_polished_in_one_round(
     alike: bool, monkeypatch: pytest.MonkeyPatch

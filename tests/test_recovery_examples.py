@@ -14,7 +14,14 @@ from transformers import AutoTokenizer
 
 from psoft_export.errors import UnsupportedError, UsageError
 from psoft_export.model.skeleton import Skeleton
-from psoft_export.recovery.examples import IGNORED, Examples, collate, read_examples
+from psoft_export.recovery.examples import (
+    IGNORED,
+    Example,
+    Examples,
+    collate,
+    read_examples,
+    sampled,
+)
 from tests.conftest import EXAMPLES
 from tests.models import FAMILIES, MINILM
 
@@ -222,6 +229,16 @@ def test_images_lie_in_folders_named_by_their_labels(tmp_path: Path) -> None:
         read_examples(images(tmp_path / "others", ("cat", "dog")), skeleton, base)
     with pytest.raises(UsageError, match="has no image processor"):
         read_examples(tmp_path / "images", skeleton, tmp_path)
+
+
+def test_a_sample_has_what_takes_turns_and_stays_in_order() -> None:
+    examples = [Example({}, torch.tensor(number)) for number in range(200)]
+    chosen = sampled(examples, 100)
+    numbers = [int(example.targets) for example in chosen]
+    assert numbers == sorted(set(numbers)) and len(numbers) == 100
+    assert 35 < sum(number % 2 for number in numbers) < 65
+    assert all(a is b for a, b in zip(sampled(examples, 100), chosen, strict=True))
+    assert sampled(examples, 200) is examples
 
 
 def test_rows_of_several_lengths_are_padded(tmp_path: Path) -> None:

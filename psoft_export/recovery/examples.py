@@ -459,6 +459,18 @@ def _image_processor(folder: Path) -> Callable[..., Mapping[str, Tensor]]:
     return cast(Callable[..., Mapping[str, Tensor]], made)
 
 
+def sampled(examples: Sequence[Example], most: int) -> Sequence[Example]:
+    """So many examples at most, in their order, and the same at every call.
+
+    Drawn, as every second one of labels that take turns would be of one class.
+    """
+    if len(examples) <= most:
+        return examples
+    drawing = torch.Generator().manual_seed(0)
+    places = torch.randperm(len(examples), generator=drawing)[:most]
+    return [examples[place] for place in places.sort().values.tolist()]
+
+
 def collate(rows: Sequence[Example], pad: int) -> tuple[dict[str, Tensor], Tensor]:
     """Arguments and targets of one batch, padded on the right.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from psoft_export.algebra.relaxed_signs import couplings
 from psoft_export.recovery.agreement import same_signs
-from psoft_export.recovery.examples import Example
+from psoft_export.recovery.examples import Example, sampled
 from psoft_export.recovery.retraining import Known
 from psoft_export.recovery.task_loss import TaskLoss
 
@@ -57,14 +57,13 @@ class FlipSlopes:
 
         Args:
             loss: the task's loss.
-            examples: what to predict for; of many, an even choice is run.
+            examples: what to predict for; of many, a sample is run.
             signs: ±1, modules × r.
             rows: examples at a time.
         """
         modules, rank = signs.shape
         most = max(_FEWEST_SLOPES, _SLOPES_BYTES // (4 * modules * rank * rank))
-        stride = -(-len(examples) // most)
-        chosen = examples[::stride]
+        chosen = sampled(examples, most)
         here = couplings(signs.to(loss.device, torch.float32))
         rows = 1 if loss.mixes_examples else rows
         entries = []
@@ -83,7 +82,7 @@ class FlipSlopes:
         """What flipping each sign alone would cost, in nats over all targets (modules × r).
 
         Where these are not all examples: so much of it as is beyond two standard errors of the
-        choice.
+        sample.
         """
         alone = self.entries.sum(-1).double()
         costs = self._predicted(alone, 0)

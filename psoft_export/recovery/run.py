@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psoft_export.errors import OutputError
 from psoft_export.recovery.agreement import agreement, agreement_by_chance, same_signs
-from psoft_export.recovery.examples import Example
+from psoft_export.recovery.examples import Example, sampled
 from psoft_export.recovery.polish import Polished, crossed, polish, unpolished
 from psoft_export.recovery.retraining import Known
 from psoft_export.recovery.search import Cycle, SearchState, SignSearch, Step
@@ -31,6 +31,8 @@ _STEPS_BETWEEN_NOTES = 20
 _RETURNED = 0.97  # of the signs that matter must be found alike by two searches
 _HOLDS = 0.5  # of what signs agree in beyond chance, if one has never seen the data
 _SAME = 0.985  # of the signs that matter two searches agree in, and then need no more cycles
+_SCORED = 4 * ROWS  # examples by which the best of the readings is chosen
+_WEIGHED = 256  # examples by which layers are crossed and signs flipped
 _ROUNDS = 6  # of the polish at most
 _SEARCH_SHARE = 0.5  # of a time limit, for the searches; the rest for crossing and polish
 
@@ -97,7 +99,8 @@ class RecoveryRun:
 
         Args:
             loss: the task's loss.
-            train: what is searched on.
+            train: what is searched on. Of many, crossing and polish take a sample, and what is
+                said of the evidence for signs is that of the sample.
             held_out: what is only measured.
             matters: which signs do (bool, modules × r); if none, nothing is searched.
             rows: examples in a step.
@@ -106,6 +109,7 @@ class RecoveryRun:
         """
         self._loss = loss
         self._train = train
+        self._weighed = sampled(train, _WEIGHED)
         self._held_out = held_out
         self._matters = matters
         self._rows = rows
@@ -172,7 +176,7 @@ class RecoveryRun:
 
         if not self._matters.any():
             signs = readings[name] if name else torch.ones(self._loss.rotations.shape)
-            return outcome(_Found(unpolished(self._loss, self._train, signs), 1.0))
+            return outcome(_Found(unpolished(self._loss, self._weighed, signs), 1.0))
         # Crossing takes a layer only if it gains by itself, so that chance may have put it there.
         others = [readings[name]] if start is not None and start.mean < base.mean else []
         # Of a search that went further before, the start did not hold.
@@ -187,7 +191,7 @@ class RecoveryRun:
     def _scores(self, readings: Mapping[str, Tensor]) -> dict[str, float]:
         """The loss at each reading, of a part of the data."""
         losses = {}
-        scored = self._train[:: max(1, len(self._train) // (2 * ROWS))]  # labels may lie in order
+        scored = sampled(self._train, _SCORED)
         for name, signs in readings.items():
             losses[name] = self._loss.losses(scored, signs).mean
             self._tell(f"loss at the signs of the SVD '{name}': {losses[name]:.4g}")
@@ -200,7 +204,8 @@ class RecoveryRun:
         same but for what the data do not say; and there is no sign that the data speak against.
         """
         found = search.state.found[_FIRST]
-        if self._loss.losses(self._train, found).mean < self._loss.losses(self._train, signs).mean:
+        of_found, of_start = (self._loss.losses(self._weighed, s) for s in (found, signs))
+        if of_found.mean < of_start.mean:
             return None
         by_chance = agreement_by_chance(self._matters)
         needed = by_chance + _HOLDS * (1 - by_chance)
@@ -295,13 +300,13 @@ class RecoveryRun:
         signs, *others = found
         chosen_by = known.choosing()
         for other in others:
-            signs = crossed(self._loss, self._train, signs, other, chosen_by)
+            signs = crossed(self._loss, self._weighed, signs, other, chosen_by)
         return signs
 
     def _polished(self, signs: Tensor, known: Known, rounds: int) -> Polished:
         return polish(
             self._loss,
-            self._train,
+            self._weighed,
             signs,
             known,
             self._rows,
