@@ -121,8 +121,8 @@ class Result:
         right: share of all signs that are right, each layer up to its sign as a whole.
         wrong: number of the others.
         expected_wrong: how many the evidence for each sign leads to expect.
-        right_settled: share of those with as much evidence as settled ones have; None where no
-            sign is settled.
+        right_settled: share of those that are settled, whether they matter or not; None where
+            none is.
         loss: on held-out text of the task, in nats a byte, with the signs found.
         true_loss: with the true signs.
         base_loss: of the base.
@@ -228,7 +228,7 @@ def _measured_in(folder: Path, case: Case) -> Result:
     seconds = time.monotonic() - began
     right = torch.cat(list(right_signs(base, original, planted, dict(report.signs)).values()))
     evidence = torch.cat(list(report.evidence.values()))
-    settled = evidence >= SETTLED
+    settled = (evidence >= SETTLED) & torch.cat(list(report.alike.values()))
     loaded = psoft_export.load_adapter(original)
     assert isinstance(loaded, SubspaceAdapter)
     known = loaded.record

@@ -91,6 +91,7 @@ class RecoveryReport:
         peak_bytes: largest memory of the process (on CUDA: of torch on the device).
         signs: module → the signs found, as a record would hold them, whatever the verdict.
         evidence: module → how many nats data and trainings speak for each sign with (r, float64).
+        alike: module → which of them two searches found (r, bool); all of an SVD that holds.
     """
 
     verdict: Verdict
@@ -111,11 +112,12 @@ class RecoveryReport:
     peak_bytes: int
     signs: Mapping[str, SignRecord] = field(repr=False)
     evidence: Mapping[str, Tensor] = field(repr=False)
+    alike: Mapping[str, Tensor] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as one JSON-ready object, without what is kept of each sign."""
-        fields = asdict(replace(self, signs={}, evidence={}))
-        del fields["signs"], fields["evidence"]
+        fields = asdict(replace(self, signs={}, evidence={}, alike={}))
+        del fields["signs"], fields["evidence"], fields["alike"]
         return fields | {"path": str(self.path) if self.path else None}
 
     def require_recovered(self) -> None:
@@ -247,9 +249,9 @@ def recover(
     )
     polished = outcome.polished
     modules = tuple(
-        judged(module, costs, told, polished.targets, known.matters, len(known.cluster))
-        for (module, known), costs, told in zip(
-            found.items(), polished.costs, polished.told, strict=True
+        judged(module, costs, told, polished.targets, known.matters, alike, len(known.cluster))
+        for (module, known), costs, told, alike in zip(
+            found.items(), polished.costs, polished.told, outcome.alike, strict=True
         )
     )
     verdict, reason = judge(outcome, modules)
@@ -289,6 +291,7 @@ def recover(
         peak_bytes=_peak_bytes(on),
         signs=signs,
         evidence=dict(zip(found, polished.costs + polished.told, strict=True)),
+        alike=dict(zip(found, outcome.alike, strict=True)),
     )
 
 

@@ -535,6 +535,7 @@ def test_a_start_that_is_right_is_taken_as_it_is() -> None:
     assert found.start_name == "good"
     assert found.steps == FIRST_CYCLE
     assert found.holds
+    assert bool(found.alike.all())
     assert torch.equal(found.polished.signs, task.truth)
 
 
@@ -572,6 +573,10 @@ def test_searches_that_disagree_go_on_as_far_as_they_may(tmp_path: Path) -> None
     assert state is not None and state.found.keys() == {"first", "second"}
     assert (found.steps, state.steps) == (LEAST_STEPS, 2 * FIRST_CYCLE)
     assert not found.is_below_base
+    assert found.returned == float(found.alike.double().mean()) < 0.97
+    for signs in state.found.values():
+        same = same_signs(found.polished.signs, signs, task.loss.every)
+        assert bool(same[found.alike].all())
     again = task.run(start, **options | {"steps": STEPS})
     assert any("going on after 2 cycles" in text for text in task.told)
     state = file.read()
@@ -694,11 +699,12 @@ def an_outcome(**changes: Any) -> Any:
     usual = {"start": None, "readings": {}, "start_name": "", "steps": 360, "returned": 1.0}
     usual |= {"base": losses(3.0), "held_out": losses(1.0), "needed": 0.97, "holds": False}
     fields = usual | changes
-    return Outcome(polished=polished, **fields)
+    return Outcome(polished=polished, alike=ALL, **fields)
 
 
 COSTS = torch.tensor([40.0, 40, 40, 40, 40, 40, 5, 0])
 NOTHING = torch.zeros(8)
+ALL = torch.ones(8, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -714,7 +720,7 @@ def test_signs_that_the_data_speak_against_are_in_doubt(
 ) -> None:
     costs = COSTS.clone()
     costs[7] = -gain
-    module = judged("a", costs, NOTHING, 1000, torch.ones(8, dtype=torch.bool), 0)
+    module = judged("a", costs, NOTHING, 1000, ALL, ALL, 0)
     assert (module.settled, module.in_doubt, module.immaterial) == (6, 2, 0)
     assert module.at_stake == pytest.approx((gain + 5 / (1 + math.exp(5))) / 1000)
     found, why = judge(an_outcome(), [module])
@@ -725,17 +731,22 @@ def test_signs_that_the_data_speak_against_are_in_doubt(
 def test_trainings_settle_what_the_data_leave_open() -> None:
     told = torch.zeros(8)
     told[6:] = torch.tensor([4.0, -2.0])
-    module = judged("a", COSTS, told, 1000, torch.ones(8, dtype=torch.bool), 0)
+    module = judged("a", COSTS, told, 1000, ALL, ALL, 0)
     assert (module.settled, module.in_doubt) == (7, 1)
     assert module.at_stake == 0  # which costs the data nothing
     costs = COSTS.clone()
     costs[7] = 3.0
-    module = judged("a", costs, told, 1000, torch.ones(8, dtype=torch.bool), 0)
+    module = judged("a", costs, told, 1000, ALL, ALL, 0)
     assert module.at_stake == pytest.approx(3 / (1 + math.exp(3 - 2)) / 1000)
 
 
+def test_what_only_one_search_found_is_not_settled() -> None:
+    module = judged("a", COSTS, NOTHING, 1000, ALL, torch.arange(8) % 4 > 0, 0)
+    assert (module.settled, module.in_doubt, module.immaterial) == (4, 4, 0)
+
+
 def test_what_is_in_doubt_of_an_svd_that_holds_is_its_own() -> None:
-    module = judged("a", COSTS - 39, NOTHING, 1000, torch.ones(8, dtype=torch.bool), 0)
+    module = judged("a", COSTS - 39, NOTHING, 1000, ALL, ALL, 0)
     assert judge(an_outcome(), [module])[0] == "partly"
     found, why = judge(an_outcome(holds=True, start_name="cuda"), [module])
     assert found == "recovered"
@@ -746,7 +757,7 @@ def test_what_is_in_doubt_of_an_svd_that_holds_is_its_own() -> None:
 def test_what_does_not_matter_is_no_risk() -> None:
     costs = COSTS.clone()
     costs[7] = -500
-    module = judged("a", costs, NOTHING, 1000, torch.arange(8) < 6, out_of_reach=1)
+    module = judged("a", costs, NOTHING, 1000, torch.arange(8) < 6, ALL, out_of_reach=1)
     assert (module.settled, module.in_doubt, module.immaterial) == (6, 0, 1)
     assert judge(an_outcome(), [module])[0] == "recovered"
     found, why = judge(an_outcome(returned=0.96), [module])

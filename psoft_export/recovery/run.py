@@ -43,6 +43,7 @@ class Outcome:
 
     Attributes:
         polished: the signs.
+        alike: which of them two searches found (bool, modules × r); all, if `holds`.
         base: held-out losses of the base.
         start: the same, at the best of the readings; None without any.
         held_out: the same, of the result.
@@ -55,6 +56,7 @@ class Outcome:
     """
 
     polished: Polished
+    alike: Tensor
     base: Losses
     start: Losses | None
     held_out: Losses
@@ -76,6 +78,7 @@ class _Found:
     """Signs, and how far two searches agree in them (as in `Outcome`)."""
 
     polished: Polished
+    alike: Tensor
     returned: float
     needed: float = _RETURNED
     holds: bool = False
@@ -163,6 +166,7 @@ class RecoveryRun:
             held_out = self._loss.losses(self._held_out, found.polished.signs)
             return Outcome(
                 found.polished,
+                found.alike,
                 base,
                 start,
                 held_out,
@@ -176,7 +180,8 @@ class RecoveryRun:
 
         if not self._matters.any():
             signs = readings[name] if name else torch.ones(self._loss.rotations.shape)
-            return outcome(_Found(unpolished(self._loss, self._weighed, signs), 1.0))
+            polished = unpolished(self._loss, self._weighed, signs)
+            return outcome(_Found(polished, torch.ones_like(self._matters), 1.0))
         # Crossing takes a layer only if it gains by itself, so that chance may have put it there.
         others = [readings[name]] if start is not None and start.mean < base.mean else []
         # Of a search that went further before, the start did not hold.
@@ -215,7 +220,9 @@ class RecoveryRun:
             return None
         # Trainings have led to no sign of an SVD either, and err where the data hardly tell.
         polished = self._polished(signs, search.known().silent(), rounds=1)
-        return _Found(polished, returned, needed, holds=True) if not polished.flipped else None
+        if polished.flipped:
+            return None
+        return _Found(polished, torch.ones_like(self._matters), returned, needed, holds=True)
 
     def _run(self, search: SignSearch, until: int, others: Sequence[Tensor] = ()) -> None:
         """Run cycles, up to a number of them done, or until that is enough.
@@ -293,7 +300,7 @@ class RecoveryRun:
             alike &= same_signs(polished.signs, found, self._matters)
         returned = float(alike[self._matters].double().mean())
         self._tell(f"found by both searches: {returned:.1%}")
-        return _Found(polished, returned)
+        return _Found(polished, alike, returned)
 
     def _crossed(self, found: Sequence[Tensor], known: Known) -> Tensor:
         """The best of several sets of signs, layer by layer."""

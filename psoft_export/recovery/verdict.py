@@ -22,7 +22,8 @@ class RecoveredModule:
     Attributes:
         module: module path, as the adapter names it.
         rank: r.
-        settled: number of signs for which data and trainings speak 1000 : 1 or more.
+        settled: number of signs that two searches found alike, or one SVD gave that holds, and for
+            which data and trainings speak 1000 : 1 or more.
         immaterial: number of signs whose flip changes ΔW by less than rounding W to its dtype.
         in_doubt: number of the others.
         at_stake: what those in doubt may cost, in nats a target: of each, what it costs if it is
@@ -41,7 +42,13 @@ class RecoveredModule:
 
 
 def judged(
-    module: str, costs: Tensor, told: Tensor, targets: float, matters: Tensor, out_of_reach: int
+    module: str,
+    costs: Tensor,
+    told: Tensor,
+    targets: float,
+    matters: Tensor,
+    alike: Tensor,
+    out_of_reach: int,
 ) -> RecoveredModule:
     """A module's signs in classes.
 
@@ -51,10 +58,11 @@ def judged(
         told: what it costs by the trainings (r).
         targets: how many these are.
         matters: which signs do (bool, r).
+        alike: which two searches found (bool, r), as in `Outcome`.
         out_of_reach: how many vectors no sign pins down.
     """
     evidence = costs + told
-    settled = matters & (evidence >= SETTLED)
+    settled = matters & alike & (evidence >= SETTLED)
     doubt = matters & ~settled
     # With evidence c data and trainings speak e^c : 1 for a sign; if it is wrong the data lose.
     chances = torch.sigmoid(-evidence[doubt].double())
