@@ -1,6 +1,7 @@
 """Shared fixtures: small models of several families, and adapters that PEFT made for them."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 
 import psoft_export
 from tests import models
@@ -34,6 +36,25 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     folder = tmp_path_factory.mktemp("cache") / "bases"
     monkeypatch.setenv("PSOFT_EXPORT_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A folder by its name, which the first of the processes to ask for it makes, for all."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        target = folder / name
+        with FileLock(folder / f"{name}.lock"):
+            if not target.exists():
+                unfinished = Path(tempfile.mkdtemp(dir=folder))
+                make(unfinished)
+                unfinished.rename(target)
+        return target
+
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -65,12 +86,16 @@ def llama_adapter(llama: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def many_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def many_tasks(made_once: Callable[..., Path]) -> Path:
     """The three bundled adapters as one ONNX graph (`prose`, `arithmetic`, `records`)."""
-    folder = tmp_path_factory.mktemp("many-tasks") / "onnx"
     adapters = {name.split("-")[0]: EXAMPLES / "adapters" / name for name in BUNDLED}
-    psoft_export.onnx.export(folder, base=EXAMPLES / "base", adapters=adapters, cache=False)
-    return folder
+
+    def make(folder: Path) -> None:
+        psoft_export.onnx.export(
+            folder / "onnx", base=EXAMPLES / "base", adapters=adapters, cache=False
+        )
+
+    return made_once("many-tasks", make) / "onnx"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,9 +13,11 @@ import torch
 import psoft_export
 from psoft_export import errors
 from psoft_export.cli.main import run
-from psoft_export.recovery import run as recovery_run
+from psoft_export.recovery import verdict
+from psoft_export.recovery.run import LEAST_STEPS
 from tests import files
 from tests.conftest import BUNDLED, EXAMPLES
+from tests.planted import plant
 
 BASE, STRICT = EXAMPLES / "base", EXAMPLES / "adapters" / BUNDLED[1]
 WEIGHTS, BASIS = "adapter_model.safetensors", "psoft_basis.safetensors"
@@ -116,34 +118,26 @@ def not_equivalent(case: Case) -> list[str]:
 
 
 def recover(case: Case) -> list[str]:
-    (case.adapter / BASIS).unlink()
-    text = case.folder / "task.txt"
-    text.write_text("".join(f"{n} + {n + 7} = {2 * n + 7}\n" for n in range(100, 190)))
-    line = ["recover", "--base", str(case.base), "--adapter", str(case.adapter)]
-    line += [
-        "--text",
-        str(text),
-        "--window",
-        "48",
-        "--batch",
-        "2",
-        "--steps",
-        str(recovery_run.LEAST_STEPS),
-    ]
-    return [*line, "--readings", "cpu"]
+    planted = plant(case.folder / "planted")
+    (planted.adapter / BASIS).unlink()
+    case.adapter = planted.adapter
+    inputs = ["--base", str(planted.base), "--adapter", str(planted.adapter)]
+    options = {"--text": planted.text, "--window": 64, "--steps": LEAST_STEPS}
+    return ["recover", *inputs, *(str(word) for option in options.items() for word in option)]
 
 
 def partly_recovered(case: Case) -> list[str]:
-    case.patch.setattr(recovery_run, "_RETURNED", 2.0)  # more than there is
-    return recover(case)
+    case.patch.setattr(verdict, "_LEFT_OPEN", -1.0)  # no doubt at all is too much
+    return [*recover(case), "--random-start"]
 
 
 def not_recovered(case: Case) -> list[str]:
     def still(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
+    line = recover(case)
     files.edit_tensors(case.adapter / WEIGHTS, still)
-    return recover(case)
+    return line
 
 
 def interrupted(case: Case) -> list[str]:

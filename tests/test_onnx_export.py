@@ -43,13 +43,15 @@ def session(folder: Path, name: str = "model") -> onnxruntime.InferenceSession:
 
 
 @pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prose(made_once: Callable[..., Path]) -> Path:
     """The bundled prose adapter, exported with its merged checkpoint kept beside."""
-    folder = tmp_path_factory.mktemp("prose")
-    psoft_export.onnx.export(
-        folder / "onnx", base=BASE, adapter=PROSE, keep_merged=folder / "merged", cache=False
-    )
-    return folder
+
+    def make(folder: Path) -> None:
+        psoft_export.onnx.export(
+            folder / "onnx", base=BASE, adapter=PROSE, keep_merged=folder / "merged", cache=False
+        )
+
+    return made_once("prose", make)
 
 
 @pytest.mark.parametrize("family", SHOWN)

@@ -43,11 +43,13 @@ def merged_logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, 
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixed(made_once: Callable[..., Path]) -> Path:
     """The three bundled adapters in a graph in which each row has its own task."""
-    folder = tmp_path_factory.mktemp("mixed") / "onnx"
-    psoft_export.onnx.export(folder, base=BASE, adapters=TASKS, mixed_batch=True)
-    return folder
+
+    def make(folder: Path) -> None:
+        psoft_export.onnx.export(folder / "onnx", base=BASE, adapters=TASKS, mixed_batch=True)
+
+    return made_once("mixed", make) / "onnx"
 
 
 def test_each_task_is_its_own_merged_model(
