@@ -39,29 +39,35 @@ def draw(results: Sequence[Result], file: Path) -> None:
     """Draw the share of right signs, and the held-out loss, against what the study varied.
 
     A line is one adapter from one kind of signs; a cross marks what is not `recovered`, a dotted
-    line what is aimed at. Below 1 % the scale of the loss is linear, above it logarithmic.
+    line what is aimed at. What no two results differ in is left out. Below 1 % the scale of the
+    loss is linear, above it logarithmic.
 
     Args:
-        results: of the whole study.
+        results: of the study, or of a part of it.
         file: picture to write.
     """
     width, height = PANEL_INCHES
-    figure = Figure(figsize=(width * len(VARIED), height * len(MEASURES)), layout="constrained")
+    lines = [list(_lines(results, varied, name)) for varied, name, _ in VARIED]
+    drawn = [(*what, found) for what, found in zip(VARIED, lines, strict=True) if found]
+    figure = Figure(figsize=(width * len(drawn), height * len(MEASURES)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(MEASURES), len(VARIED), squeeze=False)
-    for column, (varied, name, along) in enumerate(VARIED):
+    axes = figure.subplots(len(MEASURES), len(drawn), squeeze=False)
+    for column, (varied, name, along, found) in enumerate(drawn):
         for row, (label, measure, aim) in enumerate(MEASURES):
             panel = axes[row][column]
             if row:
                 panel.set_yscale("symlog", linthresh=1)
                 panel.yaxis.set_major_formatter("{x:g}")
-            for line in _lines(results, varied, name):
+            for line in found:
                 _draw_line(panel, sorted(line, key=along), along, measure)
             if varied != "steps":
                 panel.set_xscale("log", base=2)
                 panel.xaxis.set_major_formatter("{x:g}")
             panel.set_xlabel(name)
             panel.axhline(aim, color="black", linestyle=":", linewidth=1)
+            if row:
+                bottom, top = panel.get_ylim()
+                panel.set_ylim(min(bottom, -0.5), max(top, 1))
             panel.grid(alpha=0.3)
             if column == 0:
                 panel.set_ylabel(label)
@@ -75,7 +81,9 @@ def _lines(results: Sequence[Result], varied: str, name: str) -> Iterator[list[R
         angles = {ARITHMETIC, *(v for v in VARIANTS if v.startswith(ARITHMETIC))}
         ranks = {ARITHMETIC, *VARIANTS.keys() - angles}
         among = ranks if name == "rank" else angles
-        yield [r for r in results if r.case.adapter in among and _is_plain(r.case, "random", "")]
+        line = [r for r in results if r.case.adapter in among and _is_plain(r.case, "random", "")]
+        if len(line) > 1:
+            yield line
         return
     for adapter in CORPORA:
         for start in ("random", "numpy"):
