@@ -5,7 +5,7 @@ recovered from text that it is not evaluated on, and its loss on held-out text i
 signs found, with the true ones, and with none (the base).
 
     python -m benchmarks.recovery            # the first table of docs/recovery.md
-                                             # (20 minutes on two cores)
+                                             # (half an hour on two cores)
     python -m benchmarks.recovery --study    # and all else that is there: hours
     python -m benchmarks.recovery --device cuda --dtype bf16
 
@@ -42,8 +42,8 @@ from psoft_export.adapters.basis_record import write_record
 from psoft_export.algebra.rotation import rotation_angles
 from psoft_export.basis.signs import signs_at
 from psoft_export.recovery.examples import WINDOW
-from psoft_export.recovery.polish import SETTLED
 from psoft_export.recovery.run import LEAST_STEPS, STEPS, STEPS_OF_LATER
+from psoft_export.recovery.verdict import is_settled
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -228,7 +228,7 @@ def _measured_in(folder: Path, case: Case) -> Result:
     seconds = time.monotonic() - began
     right = torch.cat(list(right_signs(base, original, planted, dict(report.signs)).values()))
     evidence = torch.cat(list(report.evidence.values()))
-    settled = (evidence >= SETTLED) & torch.cat(list(report.alike.values()))
+    settled = is_settled(evidence, torch.cat(list(report.alike.values())))
     loaded = psoft_export.load_adapter(original)
     assert isinstance(loaded, SubspaceAdapter)
     known = loaded.record

@@ -47,8 +47,8 @@ def draw(results: Sequence[Result], file: Path) -> None:
         file: picture to write.
     """
     width, height = PANEL_INCHES
-    lines = [list(_lines(results, varied, name)) for varied, name, _ in VARIED]
-    drawn = [(*what, found) for what, found in zip(VARIED, lines, strict=True) if found]
+    columns = ((*what, list(_lines(results, *what[:2]))) for what in VARIED)
+    drawn = [column for column in columns if column[-1]]
     figure = Figure(figsize=(width * len(drawn), height * len(MEASURES)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(MEASURES), len(drawn), squeeze=False)
@@ -76,7 +76,7 @@ def draw(results: Sequence[Result], file: Path) -> None:
 
 
 def _lines(results: Sequence[Result], varied: str, name: str) -> Iterator[list[Result]]:
-    """Results that differ in nothing but what is varied, line by line."""
+    """Two results or more that differ in nothing but what is varied, line by line."""
     if varied == "adapter":
         angles = {ARITHMETIC, *(v for v in VARIANTS if v.startswith(ARITHMETIC))}
         ranks = {ARITHMETIC, *VARIANTS.keys() - angles}

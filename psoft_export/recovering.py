@@ -80,8 +80,8 @@ class RecoveryReport:
         base_loss: held-out loss of the base.
         start_loss: held-out loss at the best of the readings; None where none was tried.
         loss: held-out loss with the signs found.
-        train_loss: loss of what was searched on, or of many examples of a sample of 256, with the
-            signs found.
+        train_loss: loss of what was searched on, with the signs found; of more than 256 examples,
+            of a sample of so many.
         readings: loss of a part of the data by each SVD that was tried first.
         start: the best of the readings; empty where none was tried.
         returned: share of the signs that matter that two searches found alike.

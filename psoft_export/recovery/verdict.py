@@ -41,6 +41,16 @@ class RecoveredModule:
     out_of_reach: int
 
 
+def is_settled(evidence: Tensor, alike: Tensor) -> Tensor:
+    """Which signs are settled (bool), where they matter.
+
+    Args:
+        evidence: how many nats data and trainings speak for each with.
+        alike: which two searches found (bool), as in `Outcome`.
+    """
+    return alike & (evidence >= SETTLED)
+
+
 def judged(
     module: str,
     costs: Tensor,
@@ -62,7 +72,7 @@ def judged(
         out_of_reach: how many vectors no sign pins down.
     """
     evidence = costs + told
-    settled = matters & alike & (evidence >= SETTLED)
+    settled = matters & is_settled(evidence, alike)
     doubt = matters & ~settled
     # With evidence c data and trainings speak e^c : 1 for a sign; if it is wrong the data lose.
     chances = torch.sigmoid(-evidence[doubt].double())
