@@ -171,6 +171,13 @@ def save_base(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
     model.save_pretrained(folder)
 
 
+def save_first_layer(base: Path, folder: Path) -> Path:
+    """Write a Llama of one layer of a base's, which is traced in half the time of two."""
+    model = LlamaForCausalLM.from_pretrained(base, num_hidden_layers=1, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
 def load_task_model(
     family: str, folder: Path, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:

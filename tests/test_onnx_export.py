@@ -43,6 +43,12 @@ def session(folder: Path, name: str = "model") -> onnxruntime.InferenceSession:
 
 
 @pytest.fixture(scope="module")
+def llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer of the small Llama."""
+    return models.save_first_layer(llama, tmp_path_factory.mktemp("one-layer"))
+
+
+@pytest.fixture(scope="module")
 def prose(made_once: Callable[..., Path]) -> Path:
     """The bundled prose adapter, exported with its merged checkpoint kept beside."""
 

@@ -43,6 +43,7 @@ from psoft_export.recovery.retraining import (
     Known,
     Mean,
     Retrained,
+    kinship,
     synchronized,
 )
 from psoft_export.recovery.run import LEAST_STEPS, STEPS_OF_LATER, Outcome, RecoveryRun
@@ -274,6 +275,25 @@ def test_a_training_tells_signs_and_how_surely(noise: float) -> None:
         cost = known.lost(layer, flipped) - known.lost(layer, truth[layer])
         assert cost == pytest.approx(float(alone[layer, layer]), rel=1e-4)
         assert known.lost(layer, -flipped) == known.lost(layer, flipped)
+
+
+def test_a_quiet_row_says_more_than_a_noisy_one() -> None:
+    torch.manual_seed(11)
+    rotations = skewed(8, 64)
+    whole = skewed(8, 64).stored
+    truth = torch.randint(2, (8, 64)) * 2.0 - 1
+    spread = torch.where(torch.rand(8, 64) < 0.5, 1.0, 6.0)  # a pair's variance: of both its rows
+    drawn = torch.randn(8, 64, 64) * (spread[:, :, None] * spread[:, None, :]).sqrt()
+    rotations.stored = (whole + (drawn - drawn.mT) / math.sqrt(2)) * couplings(truth)
+    known = Known.by(rotations, Retrained(Mean(whole, 1)), torch.Generator())
+    alone = known.of_couplings(truth).sum(-1)
+    assert alone[spread < 2].mean() / alone[spread > 2].mean() == pytest.approx(6, rel=0.3)
+    every = torch.ones(8, 64, dtype=torch.bool)
+    alike = kinship(rotations, whole, torch.Generator()).signs  # where all pairs count alike
+    wrong, wrong_alike = (
+        int((~same_signs(signs, truth, every)).sum()) for signs in (known.signs, alike)
+    )
+    assert wrong < 0.7 * wrong_alike
 
 
 def test_a_training_that_agrees_by_chance_says_nothing() -> None:

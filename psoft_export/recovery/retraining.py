@@ -8,8 +8,9 @@ needs no search. The signs for which the two agree best are those that make Σ d
 largest.
 
 How much it says is measured. With the adapter's generator a multiple of the one found here and the
-rest noise of variance σ², the pair i, j speaks for dᵢ dⱼ = 1 by 2 β Qᵢⱼ Q'ᵢⱼ / σ² nats, so that it
-adds up with what the data say of the loss. Signs chosen to agree do so by chance, too. By how much
+rest noise of variance σᵢⱼ², the pair i, j speaks for dᵢ dⱼ = 1 by 2 β Qᵢⱼ Q'ᵢⱼ / σᵢⱼ² nats, so that
+it adds up with what the data say of the loss. Some rows are far noisier than others, so σᵢⱼ² is the
+product of what row and column have of it. Signs chosen to agree do so by chance, too. By how much
 is seen where the rows and columns of the adapter's generators are shuffled: a layer that agrees no
 better than that says nothing, and one that does is discounted by it.
 
@@ -42,6 +43,7 @@ _RELATED = 5.0  # the same, of all layers together
 _SETTLING = 0.25  # of what a row's entries say of its sign: so much counts alone
 _CHOOSING = 0.5  # the same, between signs that searches found
 _LEAST_NOISE = 0.01  # of the square of the adapter's generators
+_ALIKE = 8  # entries of the mean noise that each row's noise is averaged with
 _STARTS = 4  # eigenvectors from which signs are sought
 _MOST_FLIPS = 2000
 
@@ -254,11 +256,12 @@ class Known:
             agreeing = kinship(rotations, here, generator)
         there = stored * couplings(agreeing.signs)
         shared = (there * here).sum((1, 2)) / here.square().sum((1, 2)).clamp_min(1e-30)
-        rest = (there - shared[:, None, None] * here).square().mean((1, 2))
-        least = _LEAST_NOISE * there.square().mean((1, 2))
+        noise = _variances(there - shared[:, None, None] * here)
+        least = _LEAST_NOISE * there.square().mean((1, 2), keepdim=True)
         trust = agreeing.discounts() if related.is_sure else torch.zeros(len(stored))
-        trust = trust * shared.clamp_min(0) / torch.maximum(rest, least).clamp_min(1e-30)
-        weights = rotations.paired(trust[:, None, None] * here * stored)
+        trust = (trust * shared.clamp_min(0))[:, None, None]
+        trust = trust / torch.maximum(noise, least).clamp_min(1e-30)
+        weights = rotations.paired(trust * here * stored)
         return cls(synchronized(weights), weights, related)
 
     def silent(self) -> "Known":
@@ -287,6 +290,21 @@ class Known:
         The entries ij and ji are of one coupling, and each shows all of it.
         """
         return 2 * (self.weights * couplings(signs)).double()
+
+
+def _variances(noise: Tensor) -> Tensor:
+    """Of each entry (modules × r × r): what its row and its column have, as a product.
+
+    Args:
+        noise: modules × r × r; zero on the diagonal, where nothing is known.
+    """
+    squares = noise.square()
+    others = noise.shape[-1] - 1
+    mean = squares.sum((1, 2), keepdim=True) / max(1, others * (others + 1))
+    rows, columns = (
+        (squares.sum(axis, keepdim=True) + _ALIKE * mean) / (others + _ALIKE) for axis in (2, 1)
+    )
+    return rows * columns / mean.clamp_min(1e-30)
 
 
 def synchronized(weights: Tensor) -> Tensor:
