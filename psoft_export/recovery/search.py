@@ -1,8 +1,10 @@
 """The search for signs: training again gives them, and vectors settle them by the loss.
 
 Each cycle of a search trains generators again (`recovery.retraining`), in the first cycle on the
-data, later on what the model with the signs found by then writes and answers. Then the signs grow
-by the loss of the data and by what the trainings say of them.
+data, later on what the model with the signs found by then writes and answers, once it loses less
+than the base. Then the signs grow by the loss of the data and by what the trainings say of them.
+Where rotations turn by much, growth goes astray with some layers, and what the trainings say by
+themselves can lose less; the better is what the cycle found.
 
 All that a rotation takes of its basis's signs are the couplings cᵢⱼ = dᵢ dⱼ. Relaxed to numbers
 |dᵢ| ≤ 1 they have many local minima, which differ in whole groups of signs: to turn a group over,
@@ -21,12 +23,13 @@ do. (A penalty that rises is how AdaRound, arXiv 2004.10568, rounds weights.)
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from psoft_export.algebra.relaxed_signs import vector_couplings
-from psoft_export.recovery.examples import Example
+from psoft_export.recovery.examples import Example, sampled
 from psoft_export.recovery.retraining import (
     TRAINING_ROWS,
     TRAINING_STEPS,
@@ -37,8 +40,10 @@ from psoft_export.recovery.retraining import (
     kinship,
     retrained,
 )
-from psoft_export.recovery.task_loss import TaskLoss, not_finite
+from psoft_export.recovery.significance import is_below
+from psoft_export.recovery.task_loss import Losses, TaskLoss, not_finite
 
+_COMPARED = 32  # examples by which signs are compared with others, and with the base
 _WRITTEN = 192  # examples that a model writes, to be trained again on them
 _DIMENSIONS = 16  # of a vector
 _NOISE = 0.1  # length of a vector at the start
@@ -138,6 +143,7 @@ class SignSearch:
         self.plan = plan
         self._loss = loss
         self._examples = examples
+        self._compared = sampled(examples, _COMPARED)
         self._rows = min(rows, len(examples))
         self._generator = torch.Generator().manual_seed(seed)
         self.state = state or SearchState(self._generator.get_state())
@@ -162,12 +168,12 @@ class SignSearch:
             note,
         )
         known = Known.by(self._loss.rotations, trained, self._generator)
-        grown = self.grown(known, cycle.growth, note)
+        found = self._better(self.grown(known, cycle.growth, note), known)
         self.state = SearchState(
             self._generator.get_state(),
             state.done + 1,
             self.steps,
-            {**state.found, cycle.search: grown},
+            {**state.found, cycle.search: found},
             {**state.trained, cycle.search: trained},
         )
         return self.state
@@ -189,6 +195,19 @@ class SignSearch:
             trained = trained.and_those_of(other)
         return trained
 
+    def _better(self, grown: Tensor, known: Known) -> Tensor:
+        """Signs that grew, or those that trainings say by themselves, if they lose less."""
+        says = known.weights.abs().amax((1, 2)) > 0
+        if not says.any():
+            return grown
+        said = torch.where(says[:, None], known.signs, grown)
+        of_said, of_grown = (self._loss.losses(self._compared, signs) for signs in (said, grown))
+        return said if of_said.mean < of_grown.mean else grown
+
+    @cached_property
+    def _of_base(self) -> Losses:
+        return self._loss.losses(self._compared, None)
+
     def _trained_again(
         self,
         trainings: int,
@@ -198,11 +217,11 @@ class SignSearch:
     ) -> Retrained:
         """What so many trainings give, with those before them.
 
-        They are on the data, until they show that these are the adapter's task; then on what the
-        model writes and answers with signs found by then.
+        They are on the data, until they show that these are the adapter's task, and the model with
+        signs found by then loses less than the base; then on what that writes and answers.
         """
         teacher, examples, rows = None, self._examples, TRAINING_ROWS
-        if before is not None and signs is not None and self._is_its_task(before):
+        if before is not None and signs is not None and self._can_teach(signs, before):
             teacher = self._loss.generators(signs)
             examples, rows = self._written(teacher), self._rows
         batches, told = self._batches(examples, rows), self._noting(note)
@@ -215,9 +234,13 @@ class SignSearch:
             return replace(before, whole=given.with_mean(before.whole))
         return replace(before, taught=given.with_mean(before.taught))
 
-    def _is_its_task(self, trained: Retrained) -> bool:
-        """Whether trainings on the data agree with the adapter beyond what chance would do."""
-        return kinship(self._loss.rotations, trained.whole.value, self._generator).is_sure
+    def _can_teach(self, signs: Tensor, trained: Retrained) -> bool:
+        """Whether the data are of the adapter's task, and a model with signs surely knows it.
+
+        It is, where trainings on the data agree with the adapter beyond what chance would do.
+        """
+        related = kinship(self._loss.rotations, trained.whole.value, self._generator)
+        return related.is_sure and is_below(self._loss.losses(self._compared, signs), self._of_base)
 
     def _written(self, teacher: Tensor) -> list[Example]:
         """What the model writes with generators, each text from the beginning of an example."""
