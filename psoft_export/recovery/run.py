@@ -256,12 +256,12 @@ class RecoveryRun:
         return self._crossed([found, *others], search.known(name))
 
     def _is_enough(self, search: SignSearch) -> bool:
-        """Whether no more cycles are needed, or there is no time for two."""
+        """Whether no more cycles are needed, or there is no time for one."""
         state = search.state
-        if state.done < 2 or state.done % 2:
-            return False  # both searches have as many cycles
+        if state.done < 2:
+            return False
         agreeing = agreement(state.found[_FIRST], state.found[_SECOND], self._matters)
-        ends = time.monotonic() + STEPS_OF_LATER * self._step_seconds
+        ends = time.monotonic() + _LATER[0].steps * self._step_seconds
         return agreeing >= _SAME or ends > self._search_ends
 
     def _keep(self, state: SearchState) -> None:
