@@ -3,7 +3,7 @@
 Each cycle of a search trains generators again (`recovery.retraining`), in the first cycle on the
 data, later on what the model with the signs found by then writes and answers, once it loses less
 than the base. Then the signs grow by the loss of the data and by what the trainings say of them.
-Where rotations turn by much, growth goes astray with some layers, and what the trainings say by
+Where rotations are large, growth goes astray in some layers, and what the trainings say by
 themselves can lose less; the better is what the cycle found.
 
 All that a rotation takes of its basis's signs are the couplings cᵢⱼ = dᵢ dⱼ. Relaxed to numbers
@@ -235,9 +235,9 @@ class SignSearch:
         return replace(before, taught=given.with_mean(before.taught))
 
     def _can_teach(self, signs: Tensor, trained: Retrained) -> bool:
-        """Whether the data are of the adapter's task, and a model with signs surely knows it.
+        """Whether a model with signs may teach: on data of its task it surely loses less than the base.
 
-        It is, where trainings on the data agree with the adapter beyond what chance would do.
+        The data are of its task if trainings on them agree with the adapter beyond chance.
         """
         related = kinship(self._loss.rotations, trained.whole.value, self._generator)
         return related.is_sure and is_below(self._loss.losses(self._compared, signs), self._of_base)
