@@ -235,9 +235,9 @@ class SignSearch:
         return replace(before, taught=given.with_mean(before.taught))
 
     def _can_teach(self, signs: Tensor, trained: Retrained) -> bool:
-        """Whether a model with signs may teach: on data of its task it surely loses less than the base.
+        """Whether a model with signs may teach: data of its task, on which the base loses more.
 
-        The data are of its task if trainings on them agree with the adapter beyond chance.
+        Data are of its task if trainings on them agree with the adapter beyond what chance does.
         """
         related = kinship(self._loss.rotations, trained.whole.value, self._generator)
         return related.is_sure and is_below(self._loss.losses(self._compared, signs), self._of_base)
