@@ -452,19 +452,23 @@ def test_the_better_of_what_grew_and_what_trainings_say_is_found(
     assert torch.equal(found, grew) == (not astray)
 
 
-def test_what_was_taught_is_weighed_without_what_was_not() -> None:
+def test_trainings_on_the_data_and_by_a_teacher_count_together() -> None:
     torch.manual_seed(9)
-    rotations, other = skewed(4, 32), skewed(4, 32)
-    truth = torch.randint(2, (4, 32)) * 2.0 - 1
+    rotations, other = skewed(8, 48), skewed(8, 48)
+    truth = torch.randint(2, (8, 48)) * 2.0 - 1
     found = rotations.coupled(couplings(truth))
-    whole, good = noisy(found, 3.0), noisy(found, 0.5)
+    whole, taught = noisy(found, 1.5), 0.1 * noisy(found, 1.0)
     generator = torch.Generator().manual_seed(1)
-    known = Known.by(rotations, Retrained(Mean(whole, 1), Mean(good, 1)), generator)
-    alone = Known.by(rotations, Retrained(Mean(good, 1)), generator)
-    assert torch.allclose(known.weights, alone.weights, rtol=0.02)
-    assert known.related.errors < alone.related.errors
+    for trained, says in (
+        (Retrained(Mean(whole, 1)), 1 / 1.5**2),
+        (Retrained(Mean(whole, 1), Mean(taught, 1)), 1 / 1.5**2 + 1),
+    ):
+        known = Known.by(rotations, trained, generator)
+        # Of independent noise what they say adds up, 2 (r − 1) / noise² for each.
+        told = known.of_couplings(truth).sum(-1).mean()
+        assert told == pytest.approx(2 * 47 * says, rel=0.2)
     # It was learnt from signs found, so that it agrees with them in any case.
-    unrelated = Retrained(Mean(other.stored, 1), Mean(good, 1))
+    unrelated = Retrained(Mean(other.stored, 1), Mean(taught, 1))
     assert not Known.by(rotations, unrelated, generator).weights.any()
 
 

@@ -43,6 +43,7 @@ _RELATED = 5.0  # the same, of all layers together
 _SETTLING = 0.25  # of what a row's entries say of its sign: so much counts alone
 _CHOOSING = 0.5  # the same, between signs that searches found
 _LEAST_NOISE = 0.01  # of the square of the adapter's generators
+_FITS = 2
 _ALIKE = 8  # entries of the mean noise that each row's noise is averaged with
 _STARTS = 4  # eigenvectors from which signs are sought
 _MOST_FLIPS = 2000
@@ -250,19 +251,20 @@ class Known:
         """
         stored = rotations.stored.cpu()
         related = agreeing = kinship(rotations, trained.whole.value, generator)
-        here = trained.whole.value
+        parts = [trained.whole.value]
         if trained.taught is not None:
-            here = trained.taught.value
-            agreeing = kinship(rotations, here, generator)
-        there = stored * couplings(agreeing.signs)
-        shared = (there * here).sum((1, 2)) / here.square().sum((1, 2)).clamp_min(1e-30)
-        noise = _variances(there - shared[:, None, None] * here)
-        least = _LEAST_NOISE * there.square().mean((1, 2), keepdim=True)
+            parts.insert(0, trained.taught.value)
+            agreeing = kinship(rotations, parts[0], generator)
         trust = agreeing.discounts() if related.is_sure else torch.zeros(len(stored))
-        trust = (trust * shared.clamp_min(0))[:, None, None]
-        trust = trust / torch.maximum(noise, least).clamp_min(1e-30)
-        weights = rotations.paired(trust * here * stored)
-        return cls(synchronized(weights), weights, related)
+        least = _LEAST_NOISE * stored.square().mean((1, 2), keepdim=True)
+        signs, noise = agreeing.signs, torch.ones_like(stored)
+        for _ in range(_FITS):  # signs, what they make of the trainings, and its noise, in turns
+            there = stored * couplings(signs)
+            here = _fitted(there, torch.stack(parts, 1), noise)
+            noise = torch.maximum(_variances(there - here), least).clamp_min(1e-30)
+            weights = rotations.paired(trust[:, None, None] * here * stored / noise)
+            signs = synchronized(weights)
+        return cls(signs, weights, related)
 
     def silent(self) -> "Known":
         """The same, of trainings that say nothing."""
@@ -290,6 +292,26 @@ class Known:
         The entries ij and ji are of one coupling, and each shows all of it.
         """
         return 2 * (self.weights * couplings(signs)).double()
+
+
+def _fitted(there: Tensor, parts: Tensor, noise: Tensor) -> Tensor:
+    """The sum of multiples of several trainings' generators that is nearest to the adapter's.
+
+    Args:
+        there: the adapter's, at signs (modules × r × r).
+        parts: of the trainings (modules × parts × r × r).
+        noise: variance of each entry (modules × r × r).
+
+    Returns:
+        modules × r × r; no multiple is negative.
+    """
+    weighted = parts / noise[:, None]
+    among = torch.einsum("mkij,mlij->mkl", weighted, parts).double()
+    size = among.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-30)
+    among = among / size + 1e-9 * torch.eye(parts.shape[1])
+    with_there = torch.einsum("mkij,mij->mk", weighted, there).double() / size[..., 0]
+    shares = torch.linalg.solve(among, with_there).clamp_min(0).to(parts)
+    return torch.einsum("mk,mkij->mij", shares, parts)
 
 
 def _variances(noise: Tensor) -> Tensor:
