@@ -18,7 +18,9 @@ Once most signs are found, the model with them is a teacher: generators are trai
 what it writes, to answer as it does. Its answers are chances, where those of the data are single
 tokens, and it writes as much as is wanted, so these trainings are far less noisy, and correct signs
 that taught them. They agree with the signs found in any case, so only trainings on the data tell
-whether these are of the adapter's task, and without that no teacher is asked.
+whether these are of the adapter's task, and without that no teacher is asked. Trainings of both
+kinds count together, as the multiples of them whose sum is nearest to the adapter's generators:
+those on the data are noisier, but do not repeat what a teacher has wrong.
 """
 
 import math
