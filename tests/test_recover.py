@@ -467,6 +467,8 @@ def test_trainings_on_the_data_and_by_a_teacher_count_together() -> None:
         # Of independent noise what they say adds up, 2 (r − 1) / noise² for each.
         told = known.of_couplings(truth).sum(-1).mean()
         assert told == pytest.approx(2 * 47 * says, rel=0.2)
+    alone = Known.by(rotations, Retrained(Mean(taught, 1)), generator)
+    assert known.related.errors < alone.related.errors
     # It was learnt from signs found, so that it agrees with them in any case.
     unrelated = Retrained(Mean(other.stored, 1), Mean(taught, 1))
     assert not Known.by(rotations, unrelated, generator).weights.any()

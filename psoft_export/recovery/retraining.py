@@ -45,7 +45,7 @@ _RELATED = 5.0  # the same, of all layers together
 _SETTLING = 0.25  # of what a row's entries say of its sign: so much counts alone
 _CHOOSING = 0.5  # the same, between signs that searches found
 _LEAST_NOISE = 0.01  # of the square of the adapter's generators
-_FITS = 2
+_FITS = 2  # of signs and what they make of the trainings, in turns
 _ALIKE = 8  # entries of the mean noise that each row's noise is averaged with
 _STARTS = 4  # eigenvectors from which signs are sought
 _MOST_FLIPS = 2000
@@ -253,16 +253,16 @@ class Known:
         """
         stored = rotations.stored.cpu()
         related = agreeing = kinship(rotations, trained.whole.value, generator)
-        parts = [trained.whole.value]
+        parts = trained.whole.value[:, None]
         if trained.taught is not None:
-            parts.insert(0, trained.taught.value)
-            agreeing = kinship(rotations, parts[0], generator)
+            parts = torch.stack([trained.whole.value, trained.taught.value], 1)
+            agreeing = kinship(rotations, trained.taught.value, generator)
         trust = agreeing.discounts() if related.is_sure else torch.zeros(len(stored))
         least = _LEAST_NOISE * stored.square().mean((1, 2), keepdim=True)
         signs, noise = agreeing.signs, torch.ones_like(stored)
-        for _ in range(_FITS):  # signs, what they make of the trainings, and its noise, in turns
+        for _ in range(_FITS):
             there = stored * couplings(signs)
-            here = _fitted(there, torch.stack(parts, 1), noise)
+            here = _fitted(there, parts, noise)
             noise = torch.maximum(_variances(there - here), least).clamp_min(1e-30)
             weights = rotations.paired(trust[:, None, None] * here * stored / noise)
             signs = synchronized(weights)
