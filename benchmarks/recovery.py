@@ -287,26 +287,29 @@ def _planted(case: Case, adapter: Path) -> dict[str, Tensor]:
 
 
 def rows(results: Sequence[Result]) -> Iterator[str]:
-    """A table of results, as Markdown."""
+    """A table of results, as Markdown; its columns are explained in `docs/recovery.md`."""
     yield (
-        "| adapter | r | angle | signs of | text, KB | steps | seed | dtype | device | verdict | "
-        "right | wrong | expected wrong | right of settled | settled | found again | base | "
-        "true signs | found | above true | text prefers found, nats | threads | minutes | "
-        "memory, GB |"
+        "| adapter | signs of training | text | steps | verdict | right | wrong | expected wrong | "
+        "of settled | found again | settled | base | true signs | found | above true | "
+        "text prefers found, nats | minutes |"
     )
-    yield "| --- | --: | --: | --- | --: | --: | --: | --- | --- | --- |" + " --: |" * 14
+    yield "| --- | --- | --- | --: | --- |" + " --: |" * 12
     for r in results:
         c = r.case
-        text = f"{c.kilobytes}" + (f" of `{c.text}`" if c.text else "")
-        of_settled = "" if r.right_settled is None else f"{r.right_settled:.1%}"
+        signs = "NumPy's" if c.start == "numpy" else c.start
+        signs += f", seed {c.seed}" if c.seed else ""
+        text = f"{c.kilobytes} KB" + (f" of `{c.text}`" if c.text else "")
         yield (
-            f"| `{c.adapter}` | {r.rank} | {r.angle:.1f}° | {c.start} | {text} | "
-            f"{r.steps} of {c.steps} | {c.seed} | {c.dtype} | {c.device} | {r.verdict} | "
-            f"{r.right:.1%} | {r.wrong} | {r.expected_wrong:.1f} | {of_settled} | "
-            f"{r.settled:.1%} | {r.returned:.1%} | {r.base_loss:.3f} | {r.true_loss:.3f} | "
-            f"{r.loss:.3f} | {r.above_true:+.2%} | "
-            f"{r.preferred:+.0f} | {r.threads} | {r.seconds / 60:.1f} | {r.peak_bytes / 1e9:.1f} |"
+            f"| `{c.adapter}` | {signs} | {text} | {r.steps} | {r.verdict} | "
+            f"{_percent(r.right)} | {r.wrong} | {r.expected_wrong:.1f} | "
+            f"{_percent(r.right_settled)} | {_percent(r.returned)} | {_percent(r.settled)} | "
+            f"{r.base_loss:.3f} | {r.true_loss:.3f} | {r.loss:.3f} | {r.above_true:+z.2%} | "
+            f"{r.preferred:+z.0f} | {r.seconds / 60:.1f} |"
         )
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def read_results(path: Path) -> list[Result]:
@@ -360,6 +363,7 @@ def main() -> None:
             say(list(rows([result]))[-1])
     results = [known[case] for case in cases if case in known]
     print(machine_line(threads, ("torch", "transformers", "psoft-export")))
+    print(f"{arguments.dtype} on {arguments.device}")
     print("\n".join(rows(results)))
     if arguments.study:
         from benchmarks.recovery_plots import draw

@@ -99,7 +99,8 @@ def recover_command(
     """Find the signs of an adapter that nobody recorded, from a little data of its task.
 
     A record is written only if the signs are recovered; it says that they come from data. Exit
-    code 15: some were recovered; 16: none. Ctrl-C keeps the search; the same command goes on.
+    code 15: some were recovered; 16: none. After Ctrl-C the same command goes on from the last
+    cycle that was done.
     """
     out = Output(quiet=quiet, as_json=as_json)
     from psoft_export import recover
@@ -151,12 +152,13 @@ def _print(console: Console, report: "RecoveryReport") -> None:
     start = ""
     if report.start_loss is not None:
         start = f", start ({report.start}) {report.start_loss:.4g}"
+    searches = "a search beside the start" if report.holds else "two searches"
     facts = Table.grid(padding=(0, 2))
     rows = {
         "data": report.data,
         "held-out loss": f"base {report.base_loss:.4g}{start}, found {report.loss:.4g}",
         "settled": f"{report.settled:.1%} of the signs that matter",
-        "found again": f"{report.returned:.1%} of the signs that matter, by two searches",
+        "found again": f"{report.returned:.1%} of the signs that matter, by {searches}",
         "took": f"{report.steps} steps, {report.seconds:.0f} s, memory {size(report.peak_bytes)}",
     }
     for name, value in rows.items():

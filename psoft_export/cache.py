@@ -192,8 +192,8 @@ class BasisCache:
             OutputError: an entry cannot be removed.
         """
         freed = self._clear_abandoned()
-        layouts = (self.folder / LAYOUTS).glob("*.json*")  # with what killed runs left
-        for path in (*self._files(), *layouts, *self.searches.glob("*.safetensors")):
+        layouts = (self.folder / LAYOUTS).glob("*.json*")
+        for path in (*self._files(), *layouts, *self.searches.glob("*.safetensors*")):
             try:
                 nbytes = path.stat().st_size
                 path.unlink()

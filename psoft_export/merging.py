@@ -151,18 +151,24 @@ def merge(
     store = open_cache(cache_dir) if cache else None
     check_target(Path(output).absolute(), overwrite=overwrite)
     if recover_with is not None:
-        # Everything that can be refused is, before a search of minutes.
+        # What is wrong with the arguments is refused before a search of minutes.
         before = open_plan(
             base,
             _one_adapter(adapter),
             dtype=dtype,
             max_shard_size=max_shard_size,
             labels=labels,
+            neumann_terms=neumann_terms,
+            givens=givens,
             token=token,
         )
         check_apart(Path(output), before)
         if before.adapter.needs_record and before.adapter.record is None:
             _recover(base, adapter, recover_with, labels, device, cache, cache_dir, token, note)
+        elif note is not None:
+            record = before.adapter.record
+            known = f"stand in {record.path}" if record else "are in no doubt"
+            note(f"the adapter's signs {known}; what --recover-with names is not read")
     plan = plan_merge(
         base,
         adapter,

@@ -84,7 +84,9 @@ class RecoveryReport:
             of a sample of so many.
         readings: loss of a part of the data by each SVD that was tried first.
         start: the best of the readings; empty where none was tried.
-        returned: share of the signs that matter that two searches found alike.
+        holds: whether the signs are those of the start as it is.
+        returned: share of the signs that matter that two searches found alike; if `holds`, that
+            one search found of the start; 0 where nothing was searched.
         settled: settled signs among those that matter.
         steps: gradient steps done.
         seconds: wall time.
@@ -105,6 +107,7 @@ class RecoveryReport:
     train_loss: float
     readings: Mapping[str, float]
     start: str
+    holds: bool
     returned: float
     settled: float
     steps: int
@@ -284,6 +287,7 @@ def recover(
         train_loss=polished.loss,
         readings=outcome.readings,
         start=outcome.start_name,
+        holds=outcome.holds,
         returned=outcome.returned,
         settled=settled,
         steps=outcome.steps,

@@ -11,6 +11,8 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from psoft_export.adapters.basis_record import FILENAME
+
 INDEX = "model.safetensors.index.json"
 
 
@@ -37,6 +39,18 @@ def edit_keeping_metadata(path: Path, **tensors: torch.Tensor) -> None:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file(load_file(path) | tensors, path, metadata)
+
+
+def edit_record(
+    adapter: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]
+) -> None:
+    """Rewrite an adapter's basis record with other tensors or metadata."""
+    path = adapter / FILENAME
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
 
 
 def truncate(path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import psoft_export
 from psoft_export import errors
+from psoft_export.adapters.basis_record import Recovery
 from psoft_export.algebra.parameters import RotationParameters
 from psoft_export.basis.svd import Basis, BasisOptions
 from psoft_export.changes.shared_subspace import Subspace
@@ -177,7 +179,12 @@ def test_added_task_equals_the_exported_one(
         torch.testing.assert_close(rotation, exported[name], atol=2e-4, rtol=1e-3)
     with pytest.raises(errors.UsageError, match="--overwrite"):
         psoft_export.onnx.add_task(folder, TASKS["prose"], "law")
-    psoft_export.onnx.add_task(folder, TASKS["prose"], "law", overwrite=True)
+    prose = shutil.copytree(TASKS["prose"], tmp_path / "prose")
+    mark = Recovery("text", "0", base_loss=3.0, start_loss=None, loss=1.0, settled=0.9, seed=0)
+    found = {"recovered": json.dumps(asdict(mark))}
+    files.edit_record(prose, lambda _, metadata: metadata.update(found))
+    psoft_export.onnx.add_task(folder, prose, "law", overwrite=True)
+    assert mark.words in read_folder(folder).manifest["tasks"]["law"]["basis"]
     model = psoft_export.onnx.load(folder, device="cpu")
     found = model(input_ids=IDS, task="law").logits
     torch.testing.assert_close(found, merged_logits["prose"], atol=1e-4, rtol=1e-4)

@@ -1,7 +1,6 @@
 """A recorded adapter means the same weights on every machine; an unrecorded one says so."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -9,8 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -61,19 +59,6 @@ def deviations(
     return found
 
 
-def edit_record(
-    adapter: Path,
-    change: Callable[[dict[str, Tensor], dict[str, str]], None],
-) -> None:
-    """Rewrite a record with other tensors or metadata."""
-    path = adapter / FILENAME
-    with safe_open(path, "pt") as file:
-        metadata = dict(file.metadata())
-    tensors = load_file(path)
-    change(tensors, metadata)
-    save_file(tensors, path, metadata)
-
-
 def trained_elsewhere(adapter: Path, name: str = BUNDLED[1]) -> Path:
     """A bundled adapter as a machine with other signs would have saved and recorded it."""
     bundled(name, adapter)
@@ -90,7 +75,7 @@ def trained_elsewhere(adapter: Path, name: str = BUNDLED[1]) -> Path:
             tensors[f"{module}.cluster_A"] = tensors[f"{module}.cluster_A"] * held[:, None]
             tensors[f"{module}.cluster_B"] = tensors[f"{module}.cluster_B"] * held
 
-    edit_record(adapter, flip_record)
+    files.edit_record(adapter, flip_record)
     return adapter
 
 
@@ -208,7 +193,7 @@ def test_check_counts_the_signs_that_differ(
         assert not len(tensors[f"{changed}.cluster"]), "every vector by its sign"
         tensors[f"{changed}.sign"][[3, 17, 30]] *= -1
 
-    edit_record(adapter, flip)
+    files.edit_record(adapter, flip)
     report = psoft_export.check_record(BASE, adapter, device="cpu")
     differing = {module.module: module.differing for module in report.modules}
     assert differing.pop(changed) == 3 and set(differing.values()) == {0}
@@ -450,6 +435,11 @@ def sign_of_nothing(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
     tensors["model.layers.0.mlp.up_proj.sign"][0] = 0
 
 
+def recovered_somehow(_: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    mark = {"data": "text", "data_sha256": "0", "base_loss": 3.0, "start_loss": None, "loss": 1.0}
+    metadata["recovered"] = json.dumps(mark | {"settled": "most", "seed": 0})
+
+
 def infinite(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
     tensors["model.layers.0.mlp.up_proj.singular_values"][0] = torch.inf
 
@@ -466,13 +456,14 @@ def infinite(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
         (anchor_outside, RECORD, "'model.layers.0.mlp.up_proj' are out of range"),
         (sign_of_nothing, RECORD, "'model.layers.0.mlp.up_proj' are out of range"),
         (infinite, RECORD, "NaN or infinity"),
+        (recovered_somehow, RECORD, "its metadata is not that of a basis record"),
     ],
 )
 def test_a_record_that_cannot_be_used(
     change: Any, code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = bundled(BUNDLED[0], tmp_path / "adapter")
-    edit_record(adapter, change)
+    files.edit_record(adapter, change)
     before = files.tree(adapter)
     line = ["--base", str(BASE), "--adapter", str(adapter), "--device", "cpu", "--quiet"]
     assert run(["merge", *line, "--output", str(tmp_path / "out")]) == code

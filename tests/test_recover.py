@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import resource
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from psoft_export.errors import (
     UnsupportedError,
     UsageError,
 )
+from psoft_export.model_card import merged_card
 from psoft_export.recovery import readings
 from psoft_export.recovery.agreement import agreement, agreement_by_chance, same_signs
 from psoft_export.recovery.polish import FlipSlopes, Polished, crossed, polish
@@ -48,7 +50,7 @@ from psoft_export.recovery.retraining import (
 )
 from psoft_export.recovery.run import LEAST_STEPS, STEPS_OF_LATER, Outcome, RecoveryRun
 from psoft_export.recovery.run import STEPS as DEFAULT_STEPS
-from psoft_export.recovery.search import Cycle, SignSearch, Step
+from psoft_export.recovery.search import Cycle, SearchState, SignSearch, Step
 from psoft_export.recovery.significance import least_sure
 from psoft_export.recovery.state import StateFile
 from psoft_export.recovery.task_loss import Losses
@@ -611,6 +613,22 @@ def test_a_start_with_a_few_wrong_signs_is_searched_on() -> None:
     assert found.held_out.mean < found.start.mean
 
 
+def test_a_search_that_finds_no_room_on_disk_is_not_kept(tmp_path: Path) -> None:
+    file = StateFile(tmp_path / "searches", "00")
+    trained = {"first": Retrained(Mean(torch.ones(4, 32, 32), 1))}
+    state = SearchState(torch.zeros(4), 1, 40, {"first": torch.ones(4, 32)}, trained)
+    least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+    try:
+        with pytest.raises(OutputError, match="cannot be written"):
+            file.write(state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
+    assert not list(file.path.parent.iterdir())
+    file.write(state)
+    assert file.read() is not None
+
+
 def test_searches_that_disagree_go_on_as_far_as_they_may(tmp_path: Path) -> None:
     task = Searched(noise=3.0)  # what is found is the noise of what is searched on
     file = StateFile(tmp_path, "00")
@@ -802,6 +820,20 @@ def test_what_is_in_doubt_of_an_svd_that_holds_is_its_own() -> None:
     assert judge(an_outcome(holds=True, returned=0.7), [module])[0] == "partly"
 
 
+@pytest.mark.parametrize(
+    ("out_of_reach", "reason"),
+    [
+        (0, "the adapter turns nothing by more than rounding"),
+        (3, "rounding, but for 3 vectors that no sign pins down"),
+        (8, "no sign can be found: nearly equal singular values leave every vector open"),
+    ],
+)
+def test_why_nothing_can_be_searched_is_said(out_of_reach: int, reason: str) -> None:
+    module = judged("a", COSTS, NOTHING, 1000, ~ALL, ALL, out_of_reach)
+    found, why = judge(an_outcome(), [module])
+    assert found == "not" and why.endswith(reason)
+
+
 def test_what_does_not_matter_is_no_risk() -> None:
     costs = COSTS.clone()
     costs[7] = -500
@@ -843,6 +875,8 @@ def test_scrambled_recovered_merged_and_verified(
     verdict = psoft_export.verify(planted.base, scrambled, tmp_path / "merged", cache=False)
     assert verdict.equivalent
     assert verdict.basis["record"]["recovered"]["seed"] == 0
+    card = merged_card(merged.manifest, {"model.safetensors"}, "me/merged", None)
+    assert "signs recovered from data, not recorded in training" in card
 
 
 def test_what_is_made_of_a_recovered_record_repeats_it(
@@ -957,7 +991,9 @@ def test_the_svd_of_a_basis_reads_its_own_signs() -> None:
     weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(8))
     options = BasisOptions(16, 1.0)
     basis = make_basis(training_svd(weight, options)[0], options)
-    own = known_readings(CPU)[own_reading(CPU)]
+    name = own_reading(CPU)
+    assert name is not None
+    own = known_readings(CPU)[name]
     assert torch.equal(read_signs(weight, basis, options, own), torch.ones(16))
 
 
@@ -1055,7 +1091,11 @@ def test_bfloat16_finds_the_same(
 @pytest.mark.gpu
 @pytest.mark.parametrize("random_start", [True, False])
 def test_cuda_finds_the_same(
-    planted: Planted, signs: dict[str, Tensor], scrambled: Path, random_start: bool
+    planted: Planted,
+    signs: dict[str, Tensor],
+    scrambled: Path,
+    random_start: bool,
+    tmp_path: Path,
 ) -> None:
     options = {"device": "cuda", "dtype": "fp32", "random_start": random_start}
     report = recovered(planted, scrambled, **options)
@@ -1064,6 +1104,9 @@ def test_cuda_finds_the_same(
     assert set(report.readings) == (set() if random_start else {*known_readings(CPU), *drivers})
     right = right_signs(planted.base, planted.adapter, signs, dict(report.signs))
     assert all(bool(layer.all()) for layer in right.values())
+    for device in ("cuda", "cpu"):
+        merged = psoft_export.merge(planted.base, scrambled, tmp_path / device, device=device)
+        assert merged.manifest["basis"]["record"]["recovered"] is not None
 
 
 def test_the_record_goes_into_a_copy(planted: Planted, scrambled: Path, tmp_path: Path) -> None:
@@ -1151,7 +1194,9 @@ def test_a_merge_recovers_first(
     assert run(command) == 0
     assert (scrambled / FILENAME).exists()
     assert "recovered from data" in capsys.readouterr().out
-    assert run([*command, "--overwrite"]) == 0  # with the record that there is now
+    assert run([*command, "--overwrite"]) == 0
+    told = capsys.readouterr().err
+    assert f"signs stand in {scrambled / FILENAME}; what --recover-with names is not read" in told
     drawn = torch.randint(32, 127, (40, 64), generator=torch.Generator().manual_seed(4))
     rows = [bytes(row.tolist()).decode() for row in drawn]
     text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))

@@ -115,6 +115,33 @@ def test_messages_are_rendered_by_the_chat_template(tmp_path: Path) -> None:
         read_examples(file, causal(), BASE)
 
 
+def test_prompt_and_completion_may_be_parts_of_a_conversation(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    said = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
+    tokenizer.chat_template = "!" + said + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.save_pretrained(folder)
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": [{"role": "user", "content": f"hi {n}"}],
+            "completion": [{"role": "assistant", "content": "yes"}],
+        }
+        for n in range(10)
+    ]
+    file = written(tmp_path / "a.jsonl", rows)
+    example = read_examples(file, causal(), folder).train[0]
+    assert bytes(example.inputs["input_ids"].tolist()) == b"!<user>hi 0|<assistant>yes|"
+    counted = example.targets[example.targets != IGNORED]
+    assert bytes(counted.tolist()) == b"yes|", "the template's own end, and no other"
+    rows[3]["completion"] = "yes"
+    with pytest.raises(UsageError, match=r"line 4: 'prompt' and 'completion' are two texts, or"):
+        read_examples(written(file, rows), causal(), folder)
+    tokenizer.chat_template = "{{ messages | length }}" + said
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UsageError, match="line 1: the chat template renders the prompt otherwise"):
+        read_examples(written(file, rows), causal(), folder)
+
+
 def test_a_sequence_to_sequence_model_reads_pairs_or_halves(tmp_path: Path) -> None:
     config = FAMILIES["t5"].config()
     config.vocab_size, config.eos_token_id = 300, 1
@@ -204,6 +231,23 @@ def test_of_a_long_file_the_last_row_of_the_first_mebibyte_is_left_away(tmp_path
     assert 1000 < len(every(found)) < 2200
 
 
+def test_of_a_long_table_no_field_is_cut(tmp_path: Path) -> None:
+    lines = "\n".join(["x" * 100] * 10)
+    rows = (f'"{number} {lines}",{number % 2}' for number in range(1100))
+    file = tmp_path / "a.csv"
+    file.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    skeleton = bert("SequenceClassification", num_labels=2)
+    assert 1000 < len(every(read_examples(file, skeleton, MINILM, window=8))) < 1100
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    table = "text,label\n" + "".join(f"line {n},{n % 2}\n" for n in range(10))
+    file = tmp_path / "a.csv"
+    file.write_text(table, encoding="utf-8-sig")
+    skeleton = bert("SequenceClassification", num_labels=2)
+    assert len(every(read_examples(file, skeleton, MINILM))) == 10
+
+
 def images(folder: Path, labels: Sequence[str] = ("0", "1")) -> Path:
     for label in labels:
         (folder / label).mkdir(parents=True)
@@ -221,7 +265,10 @@ def test_images_lie_in_folders_named_by_their_labels(tmp_path: Path) -> None:
     base.mkdir()
     processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
     (base / "preprocessor_config.json").write_text(json.dumps(processor))
-    found = read_examples(images(tmp_path / "images"), skeleton, base)
+    folder = images(tmp_path / "images")
+    (folder / ".thumbnails").mkdir()
+    (folder / "0" / "._0.png").write_bytes(b"of a file manager")
+    found = read_examples(folder, skeleton, base)
     assert len(every(found)) == 12
     assert found.train[0].inputs["pixel_values"].shape == (3, 32, 32)
     assert [int(example.targets) for example in found.train] == [0] * 5 + [1] * 5
@@ -258,7 +305,11 @@ BAD: dict[str, tuple[str, str, str]] = {
     "not JSON": ("a.jsonl", "{", r"line 1: is not JSON"),
     "no object": ("a.jsonl", "[1]", "line 1: is not a JSON object"),
     "no text": ("a.jsonl", '{"label": 1}', "has no 'text', 'messages', or 'prompt'"),
-    "no completion": ("a.jsonl", '{"prompt": "a"}', "line 1: 'prompt' and 'completion' are texts"),
+    "no completion": (
+        "a.jsonl",
+        '{"prompt": "a"}',
+        "line 1: 'prompt' and 'completion' are two texts",
+    ),
 }
 
 
@@ -277,6 +328,30 @@ REFUSED: dict[str, tuple[Callable[[], Skeleton], dict[str, Any], str]] = {
     "a window too long": (causal, {"window": 10**6}, "window 1000000: the model takes 2 to"),
     "no column": (lambda: bert("SequenceClassification"), {}, "line 1: has no 'label'"),
 }
+UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a prompt to a masked model": (
+        "MaskedLM",
+        {"prompt": "a", "completion": "b"},
+        "line 1: has a 'prompt'; a masked model takes 'text'",
+    ),
+    "a pair that is no text": (
+        "SequenceClassification",
+        {"text": "a", "text_pair": 3, "label": 0},
+        "line 1: has no 'text_pair'",
+    ),
+    "few rows": (
+        "SequenceClassification",
+        {"text": "a", "label": 0},
+        r"one in 5 is held out; give more$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
+    head, row, message = UNFIT[case]
+    with pytest.raises(UsageError, match=message):
+        read_examples(written(tmp_path / "a.jsonl", [row]), bert(head, num_labels=2), MINILM)
 
 
 @pytest.mark.parametrize("case", REFUSED)

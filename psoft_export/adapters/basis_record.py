@@ -11,9 +11,9 @@ they were recovered from data. Tensors for every module: `singular_values`, `anc
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -250,7 +250,7 @@ def read_record(folder: Path) -> BasisRecord | None:
         measured = json.loads(metadata.get("distance", "{}"))
         distance = {str(module): float(value) for module, value in measured.items()}
         found = json.loads(metadata.get("recovered", "null"))
-        recovered = Recovery(**found) if found is not None else None
+        recovered = _recovery(found) if found is not None else None
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as cause:
         raise RecordError(f"{path}: its metadata is not that of a basis record") from cause
     if kind not in _SUFFIXES:
@@ -259,6 +259,23 @@ def read_record(folder: Path) -> BasisRecord | None:
     record = BasisRecord(path, kind, rank, svd, base, by_name, distance, recovered)
     _check_tensors(record)
     return record
+
+
+def _recovery(found: Mapping[str, Any]) -> Recovery:
+    """The mark of a record; errors of `Recovery` and of conversions where it is none."""
+    mark = Recovery(**found)
+    start = mark.start_loss
+    return replace(
+        mark,
+        data=str(mark.data),
+        data_sha256=str(mark.data_sha256),
+        base_loss=float(mark.base_loss),
+        start_loss=float(start) if start is not None else None,
+        loss=float(mark.loss),
+        settled=float(mark.settled),
+        seed=int(mark.seed),
+        adapter=str(mark.adapter),
+    )
 
 
 def beside_record(folder: Path) -> list[Path]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from psoft_export.adapters.basis_record import FILENAME as RECORD
 from psoft_export.checkpoint.hub import is_hub_id
 from psoft_export.checkpoint.reader import file_sha256, load_pickle
-from psoft_export.checkpoint.safetensors_file import read_header
+from psoft_export.checkpoint.safetensors_file import read_header, save_tensors
 from psoft_export.checkpoint.source import Source
 from psoft_export.errors import AdapterError, NonFiniteError, first_line
 
@@ -164,7 +164,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write an adapter's weight file, for everybody whom the umask lets read it."""
-    save_file(dict(tensors), path, {"format": "pt"})
+    save_tensors(path, tensors, {"format": "pt"})
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

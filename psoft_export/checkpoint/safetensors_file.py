@@ -1,19 +1,25 @@
-"""One safetensors file, read by byte range: 8 bytes of header length, a JSON header, the bytes.
+"""One safetensors file: 8 bytes of header length, a JSON header, the bytes; read by byte range.
 
 Plain reads instead of a memory map, so that what a merge holds in memory is what it asked for.
 """
 
+import errno
 import json
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 from psoft_export.errors import CheckpointError, PsoftExportError, first_line
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in the text of the library's error
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,20 @@ def read_tensor(entry: TensorEntry, error: type[PsoftExportError] = CheckpointEr
     except OSError as cause:
         raise error(f"{entry.file}: cannot be read ({cause.strerror})") from cause
     return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of tensors that are in memory; streams are for `ShardWriter`.
+
+    Raises:
+        OSError: it cannot be written; the library has an error of its own in its place.
+    """
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as cause:
+        found = _OS_ERROR.search(str(cause))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from cause
 
 
 def read_fully(descriptor: int, buffer: memoryview, offset: int) -> None:

@@ -137,10 +137,13 @@ def add_task(
         core, left_out = subspace.core(change, where)
         outside = max(outside, left_out)
         rotations[f"{path}.{ROTATION}"] = core.T.to(TORCH_DTYPES[code]).contiguous()
+    signs = "record" if record is not None else "own A and B"
+    if record is not None and record.recovered is not None:
+        signs += f" ({record.recovered.words})"
     stated = {
         "adapter": source_record(loaded.source, loaded.sha256),
         "method": loaded.method,
-        "basis": "the graph's, with the signs of the adapter's record",
+        "basis": f"the graph's, with the signs of the adapter's {signs}",
         "outside": outside,
     }
     return _write(folder, name, rotations, stated, len(loaded.modules))

@@ -21,8 +21,12 @@ from transformers import AutoImageProcessor
 from psoft_export.checkpoint.reader import file_sha256
 from psoft_export.errors import MissingExtraError, UnsupportedError, UsageError, first_line
 from psoft_export.model.skeleton import Skeleton, mapped_classes
-from psoft_export.verification.inputs import decoder_start_token, needed_tokenizer
-from psoft_export.verification.text import read_text
+from psoft_export.verification.inputs import (
+    SPARE_POSITIONS,
+    decoder_start_token,
+    needed_tokenizer,
+)
+from psoft_export.verification.text import TEXT_BYTES, read_text
 
 Task = Literal["causal", "seq2seq", "masked", "classes", "images"]
 
@@ -31,7 +35,6 @@ IGNORED = -100  # a target that does not count
 FEWEST = 10  # examples: one in five is held out, and two say little
 _SHARE_MASKED = 0.15  # of the tokens of a masked model's example (BERT's share)
 _HELD_OUT_EVERY = 5
-_SPARE_POSITIONS = 2  # RoBERTa's first two are never a token's
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _TASKS: tuple[tuple[Task, Any], ...] = (
     ("causal", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -98,7 +101,8 @@ def read_examples(
     What a file may hold, by the class of the model:
 
     - causal: UTF-8 text, cut into windows; JSONL with `text`, `messages` (rendered by the chat
-      template), or `prompt` and `completion`, where only the completion counts;
+      template), or `prompt` and `completion`, two texts or two lists of messages, where only the
+      completion counts, and for texts the token with which the model ends an answer;
     - sequence-to-sequence: JSONL with `prompt` and `completion`; text, of each window of which the
       second half is predicted from the first;
     - masked: text, or JSONL with `text`; 15 % of the tokens are masked;
@@ -152,9 +156,10 @@ def _in_two(task: Task, made: Iterable[Example], path: Path, kind: str) -> Examp
     # What is held out must not be what is searched on, so what repeats counts once.
     different = list({_content(task, e): e for e in made if _has_targets(task, e)}.values())
     if len(different) < FEWEST:
+        shorter = "" if task in ("classes", "images") else ", or shorter ones (--window)"
         raise UsageError(
             f"{path}: gives {len(different)} different examples; at least {FEWEST} are needed, for "
-            f"one in {_HELD_OUT_EVERY} is held out; give more, or shorter ones (--window)"
+            f"one in {_HELD_OUT_EVERY} is held out; give more{shorter}"
         )
     last = _HELD_OUT_EVERY - 1
     return Examples(
@@ -254,7 +259,8 @@ class _TextReader:
         """Examples for a classifier."""
         rows = _csv_rows if self._path.suffix == ".csv" else _json_rows
         for where, row in rows(self._path):
-            text, pair = _field(row, "text", where), row.get("text_pair") or None
+            text = _field(row, "text", where)
+            pair = _field(row, "text_pair", where) if row.get("text_pair") else None
             if row.get("label") in (None, ""):
                 raise UsageError(f"{where}: has no 'label'")
             read = self._tokenizer(text, pair, truncation=True, max_length=self.window)
@@ -264,10 +270,10 @@ class _TextReader:
 
     def _of_row(self, where: str, row: Mapping[str, Any]) -> Iterator[Example]:
         if "prompt" in row:
-            prompt = self._tokens(self._rendered(row["prompt"], where))
-            completion = self._tokens(self._rendered(row.get("completion"), where))
-            begins = self._task == "seq2seq" or isinstance(row["prompt"], str)
-            yield self._of_pair(prompt, completion, begins=begins)
+            if self._task == "masked":
+                raise UsageError(f"{where}: has a 'prompt'; a masked model takes 'text'")
+            prompt, completion = map(self._tokens, self._asked_and_answered(row, where))
+            yield self._of_pair(prompt, completion, rendered=isinstance(row["prompt"], list))
         elif "messages" in row:
             tokens = self._tokens(self._rendered(row["messages"], where))
             for part in torch.split(tokens, self.window):
@@ -287,16 +293,35 @@ class _TextReader:
         whole = tokens[: len(tokens) // self.window * self.window]
         return map(self._of_text, torch.split(whole, self.window))
 
-    def _rendered(self, said: Any, where: str) -> str:
-        """A string as it is; a list of messages by the chat template."""
-        if isinstance(said, str) and said:
-            return said
+    def _asked_and_answered(self, row: Mapping[str, Any], where: str) -> tuple[str, str]:
+        """Prompt and completion: as they are, or one conversation by the chat template."""
+        prompt, completion = row["prompt"], row.get("completion")
+        if prompt and completion and isinstance(prompt, str) and isinstance(completion, str):
+            return prompt, completion
+        if not isinstance(prompt, list) or not isinstance(completion, list):
+            raise UsageError(
+                f"{where}: 'prompt' and 'completion' are two texts, or two lists of messages"
+            )
+        asked = self._rendered(prompt, where, asks=True)
+        whole = self._rendered(prompt + completion, where)
+        if not whole.startswith(asked):
+            raise UsageError(
+                f"{where}: the chat template renders the prompt otherwise where an answer follows; "
+                "give 'messages'"
+            )
+        return asked, whole.removeprefix(asked)
+
+    def _rendered(self, said: Any, where: str, *, asks: bool = False) -> str:
+        """A list of messages by the chat template, perhaps up to where the model answers."""
         if not isinstance(said, list) or not said:
-            raise UsageError(f"{where}: 'prompt' and 'completion' are texts or lists of messages")
+            raise UsageError(f"{where}: has no list of messages")
         if not self._tokenizer.chat_template:
             raise UsageError(f"{where}: holds messages, but the tokenizer has no chat template")
         try:
-            return cast(str, self._tokenizer.apply_chat_template(said, tokenize=False))
+            text = self._tokenizer.apply_chat_template(
+                said, tokenize=False, add_generation_prompt=asks
+            )
+            return cast(str, text)
         except Exception as cause:  # templates raise errors of many kinds
             raise UsageError(
                 f"{where}: the chat template cannot render it ({first_line(cause)})"
@@ -312,16 +337,16 @@ class _TextReader:
         tokens = self._between(tokens) if begins else tokens
         return Example({"input_ids": tokens}, tokens)
 
-    def _of_pair(self, prompt: Tensor, completion: Tensor, *, begins: bool = True) -> Example:
-        """An example of which only the completion counts."""
+    def _of_pair(self, prompt: Tensor, completion: Tensor, *, rendered: bool = False) -> Example:
+        """An example of which only the completion counts; one rendered has its own ends."""
         if self._task == "seq2seq":
             answer = self._ended(self._between(completion[: self.window]))
             shifted = torch.cat([torch.tensor([self._start]), answer[:-1]])
             asked = self._between(prompt[: self.window])
             return Example({"input_ids": asked, "decoder_input_ids": shifted}, answer)
-        completion = self._ended(completion)[: self.window]
+        completion = (completion if rendered else self._ended(completion))[: self.window]
         kept = prompt[max(0, len(prompt) + len(completion) - self.window) :]
-        kept = self._between(kept) if begins else kept
+        kept = kept if rendered else self._between(kept)
         tokens = torch.cat([kept, completion])
         targets = tokens.clone()
         targets[: len(kept)] = IGNORED
@@ -382,7 +407,7 @@ def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
 def _window(config: Any, asked: int | None, ends: int) -> int:
     """How many tokens an example has at most, beside those at its ends."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(2, most - _SPARE_POSITIONS - ends) if most else None
+    longest = max(2, most - SPARE_POSITIONS - ends) if most else None
     if asked is None:
         return min(WINDOW, longest or WINDOW)
     if asked < 2 or (longest is not None and asked > longest):
@@ -408,7 +433,11 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each row of a CSV file with a header is, and the row."""
-    reader = csv.DictReader(io.StringIO(read_text(path, whole_lines=True), newline=""))
+    text = read_text(path, whole_lines=True)
+    if path.stat().st_size > TEXT_BYTES:
+        while text.count('"') % 2:  # within a field that has several lines
+            text = text.rpartition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         missing = {"text", "label"} - set(reader.fieldnames or ())
         if missing:
@@ -435,10 +464,10 @@ def _image_examples(path: Path, folder: Path, labels: _Labels) -> Iterator[Examp
     if not path.is_dir():
         raise UsageError(f"{path}: images are given as a folder with one folder for each label")
     processor = _image_processor(folder)
-    for kind in sorted(p for p in path.iterdir() if p.is_dir()):
+    for kind in sorted(p for p in path.iterdir() if p.is_dir() and not _is_hidden(p)):
         target = labels.target(kind.name, str(kind))
         for file in sorted(kind.iterdir()):
-            if file.suffix.lower() not in _PICTURES:
+            if file.suffix.lower() not in _PICTURES or _is_hidden(file):
                 continue
             try:
                 with Image.open(file) as image:
@@ -446,6 +475,11 @@ def _image_examples(path: Path, folder: Path, labels: _Labels) -> Iterator[Examp
             except OSError as cause:
                 raise UsageError(f"{file}: is no image that pillow reads") from cause
             yield Example({"pixel_values": pixels[0]}, target)
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether it is what a file manager, say, left there."""
+    return path.name.startswith(".")
 
 
 def _image_processor(folder: Path) -> Callable[..., Mapping[str, Tensor]]:

@@ -12,12 +12,13 @@ from psoft_export.adapters.basis_record import BaseTensor
 from psoft_export.algebra.rotation import rotation
 from psoft_export.bases import BasisFinder
 from psoft_export.basis.signs import inseparable
-from psoft_export.basis.svd import Basis, basis_values
+from psoft_export.basis.solver import leading_triplets
+from psoft_export.basis.svd import Basis, BasisOptions, basis_values, make_basis
 from psoft_export.cache import BasisCache
 from psoft_export.plan import MergePlan
 from psoft_export.recovery.readings import Decompose, own_reading, read_signs
 from psoft_export.verification.evaluation import unit_in_last_place
-from psoft_export.weights import BaseReader
+from psoft_export.weights import BaseReader, TargetWeight
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class KnownModule:
     """One module before the search.
 
     Attributes:
-        basis: A and B of its weight with the signs of one SVD, float32, CPU.
+        basis: A and B of its weight with some signs, float32, CPU.
         next_value: σ_{r+1}.
         origin: the weight.
         matters: which signs can be pinned down, and change ΔW by more than rounding W to its
@@ -63,16 +64,14 @@ def find_modules(
     """
     adapter = plan.adapter
     assert isinstance(adapter, SubspaceAdapter)
-    options, cpu = adapter.basis_options, torch.device("cpu")
+    options = adapter.basis_options
     finder = BasisFinder(adapter, device=device, cache=cache)
     found = {}
     with BaseReader(plan) as reader:
         for number, tensor in enumerate(plan.targets, 1):
             assert tensor.module is not None
             weight = reader.target(tensor)
-            here = finder.find(tensor.module, weight.as_trained, weight.trained.sha256)
-            assert here.basis is not None and here.next_value is not None
-            basis = here.basis.to(cpu)
+            basis, next_value = _basis(tensor.module, weight, options, finder, device)
             single = weight.as_trained.to(device, torch.float32)
             read = {
                 name: torch.ones(options.rank)  # the basis is of that very decomposition
@@ -85,11 +84,11 @@ def find_modules(
                 del decompositions[name]
             changes = _changes_by_flip(basis, adapter, tensor.module)
             matters = changes >= _rounding(weight.as_trained)
-            cluster = inseparable(basis_values(basis, options), here.next_value)
+            cluster = inseparable(basis_values(basis, options), next_value)
             matters[cluster.long()] = False
             found[tensor.module] = KnownModule(
                 basis,
-                here.next_value,
+                next_value,
                 weight.trained,
                 matters,
                 cluster,
@@ -97,6 +96,26 @@ def find_modules(
             )
             tell(f"reading signs: {number} of {len(plan.targets)} weights")
         return found, reader.sha256()
+
+
+def _basis(
+    module: str,
+    weight: TargetWeight,
+    options: BasisOptions,
+    finder: BasisFinder,
+    device: torch.device,
+) -> tuple[Basis, float]:
+    """A and B on the CPU, and σ_{r+1}, such as any exact solver gives them but for signs.
+
+    What torch's SVD gives on a GPU is none (`docs/basis.md`): a record of its signs is refused.
+    """
+    if device.type != "cpu":
+        solution = leading_triplets(weight.as_trained.to(device), options.rank)
+        triplets = solution.triplets.to(torch.device("cpu"))
+        return make_basis(triplets, options), solution.certificate.next_value
+    here = finder.find(module, weight.as_trained, weight.trained.sha256)
+    assert here.basis is not None and here.next_value is not None
+    return here.basis, here.next_value
 
 
 def _rounding(weight: Tensor) -> float:

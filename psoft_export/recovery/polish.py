@@ -66,7 +66,7 @@ class FlipSlopes:
         chosen = sampled(examples, most)
         here = couplings(signs.to(loss.device, torch.float32))
         rows = 1 if loss.mixes_examples else rows
-        entries = []
+        entries = torch.empty(len(chosen), modules, rank, rank)
         for first in range(0, len(chosen), rows):
             part = chosen[first : first + rows]
             coupled = here.repeat(len(part), 1, 1, 1).requires_grad_(True)
@@ -75,8 +75,9 @@ class FlipSlopes:
             (slope,) = torch.autograd.grad(sums.sum(), coupled)
             along = -2 * here * slope
             both = along + along.transpose(-1, -2)
-            entries.append(both.masked_fill(torch.eye(rank, device=both.device).bool(), 0).cpu())
-        return cls(torch.cat(entries), len(examples) / len(chosen))
+            both.masked_fill_(torch.eye(rank, device=both.device).bool(), 0)
+            entries[first : first + len(part)] = both
+        return cls(entries, len(examples) / len(chosen))
 
     def costs(self) -> Tensor:
         """What flipping each sign alone would cost, in nats over all targets (modules × r).
@@ -294,6 +295,7 @@ def polish(
         slopes = FlipSlopes.at(loss, examples, trials.signs, rows)
         costs, kept = slopes.costs(), 0
         moves = _moves(slopes, trials.signs, known)
+        del slopes  # which are large, before the next are made
         for layer, members in moves:
             if is_over():
                 break

@@ -64,9 +64,9 @@ def known_readings(device: torch.device) -> dict[str, Decompose]:
     return _ON_CPU | (_ON_CUDA if device.type == "cuda" else {})
 
 
-def own_reading(device: torch.device) -> str:
-    """The name of the decomposition by which a basis without a record is found on a device."""
-    return device.type
+def own_reading(device: torch.device) -> str | None:
+    """The name of the decomposition that the basis of a run on a device comes from, if of one."""
+    return "cpu" if device.type == "cpu" else None
 
 
 def chosen_readings(names: Sequence[str] | None, device: torch.device) -> dict[str, Decompose]:

@@ -49,7 +49,8 @@ class Outcome:
         held_out: the same, of the result.
         readings: loss at each reading.
         start_name: the best of the readings; empty without any.
-        returned: share of the signs that matter that two searches found alike.
+        returned: share of the signs that matter that two searches found alike; if `holds`, that
+            one search found of the start; 0 where nothing was searched.
         needed: share that is enough.
         holds: whether these are the signs of the best of the readings as they are.
         steps: gradient steps done.
@@ -181,7 +182,7 @@ class RecoveryRun:
         if not self._matters.any():
             signs = readings[name] if name else torch.ones(self._loss.rotations.shape)
             polished = unpolished(self._loss, self._weighed, signs)
-            return outcome(_Found(polished, torch.ones_like(self._matters), 1.0))
+            return outcome(_Found(polished, torch.ones_like(self._matters), 0.0))
         # Crossing takes a layer only if it gains by itself, so that chance may have put it there.
         others = [readings[name]] if start is not None and start.mean < base.mean else []
         # Of a search that went further before, the start did not hold.

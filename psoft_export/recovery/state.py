@@ -4,10 +4,10 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 from psoft_export.checkpoint.output import replacing_file
+from psoft_export.checkpoint.safetensors_file import save_tensors
 from psoft_export.errors import OutputError
 from psoft_export.recovery.retraining import Mean, Retrained
 from psoft_export.recovery.search import SearchState
@@ -76,7 +76,7 @@ class StateFile:
         except OSError as cause:
             raise OutputError(f"{self.path.parent}: cannot be made ({cause.strerror})") from cause
         with replacing_file(self.path, durable=False) as scratch:
-            safetensors.torch.save_file(tensors, scratch, metadata)
+            save_tensors(scratch, tensors, metadata)
 
     def remove(self) -> None:
         """Forget the search."""

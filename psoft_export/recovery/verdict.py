@@ -88,11 +88,21 @@ def settled_share(modules: Sequence[RecoveredModule]) -> float:
     return settled / max(1, settled + sum(module.in_doubt for module in modules))
 
 
+def _nothing_matters(modules: Sequence[RecoveredModule]) -> str:
+    out_of_reach = sum(module.out_of_reach for module in modules)
+    if out_of_reach == sum(module.rank for module in modules):
+        return "no sign can be found: nearly equal singular values leave every vector open"
+    reason = "no sign matters: the adapter turns nothing by more than rounding"
+    if out_of_reach:
+        reason += f", but for {out_of_reach} vectors that no sign pins down"
+    return reason
+
+
 def judge(outcome: Outcome, modules: Sequence[RecoveredModule]) -> tuple[Verdict, str]:
     """The verdict, and why."""
     doubt = sum(module.in_doubt for module in modules)
     if not doubt + sum(module.settled for module in modules):
-        return "not", "no sign matters: the adapter turns nothing by more than rounding"
+        return "not", _nothing_matters(modules)
     base, found = outcome.base.mean, outcome.held_out.mean
     if not outcome.is_below_base:
         return "not", (

@@ -28,7 +28,7 @@ _NEW_TOKENS = 32
 _WINDOWS = 8  # of the text, for the task loss
 _IMAGES = 16
 _IMAGE_SIZE = 224  # where the config does not say
-_SPARE_POSITIONS = 2  # RoBERTa's first two are never a token's
+SPARE_POSITIONS = 2  # RoBERTa's first two are never a token's
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -167,7 +167,7 @@ class _TokenInputs:
         self._pad = pad_token(self._config)
         longest = max(_LENGTHS)
         if positions := getattr(self._config.get_text_config(), "max_position_embeddings", None):
-            longest = max(1, min(longest, positions - _SPARE_POSITIONS))
+            longest = max(1, min(longest, positions - SPARE_POSITIONS))
         self._lengths = sorted({min(length, longest) for length in _LENGTHS})
         vocabulary = int(self._config.get_text_config().vocab_size)
         tokenizer = _tokenizer(folder)

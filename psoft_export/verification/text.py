@@ -5,11 +5,11 @@ from pathlib import Path
 
 from psoft_export.errors import UsageError, first_line
 
-_TEXT_BYTES = 2**20
+TEXT_BYTES = 2**20  # of a file
 
 
 def read_text(path: Path, *, whole_lines: bool = False) -> str:
-    """The first MiB of a UTF-8 file.
+    """The first MiB of a UTF-8 file, without a byte order mark.
 
     Args:
         path: the file.
@@ -20,9 +20,9 @@ def read_text(path: Path, *, whole_lines: bool = False) -> str:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(_TEXT_BYTES + 1)
-        is_whole = len(data) <= _TEXT_BYTES
-        text = codecs.getincrementaldecoder("utf-8")().decode(data[:_TEXT_BYTES], is_whole)
+            data = file.read(TEXT_BYTES + 1)
+        is_whole = len(data) <= TEXT_BYTES
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:TEXT_BYTES], is_whole)
         return text if is_whole or not whole_lines else text.rpartition("\n")[0]
     except UnicodeDecodeError as cause:
         raise UsageError(f"{path}: not UTF-8 text ({first_line(cause)})") from cause
