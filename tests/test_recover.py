@@ -753,6 +753,7 @@ def test_without_time_the_fewest_steps_are_done(start: str) -> None:
     task = Searched(noise=0.1)
     readings = {start: torch.ones_like(task.truth)} if start else {}
     assert task.run(readings, time_limit=1e-3).steps == LEAST_STEPS
+    assert Searched(noise=0.1).run(readings).steps > LEAST_STEPS, "or there is nothing to end"
 
 
 def an_outcome(**changes: Any) -> Any:
