@@ -292,7 +292,7 @@ def test_text_for_a_model_that_cannot_read_it(
 def test_a_text_longer_than_is_read_may_be_cut_inside_a_character(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psoft_export.verification.text._TEXT_BYTES", 601)
+    monkeypatch.setattr("psoft_export.verification.text.TEXT_BYTES", 601)
     text = tmp_path / "text.txt"
     text.write_text("é" * 1000, "utf-8")
     inputs = make_inputs(skeleton_of(BASE), BASE, text)
