@@ -192,6 +192,7 @@ class BasisCache:
             OutputError: an entry cannot be removed.
         """
         freed = self._clear_abandoned()
+        # With what killed runs left behind, under names that go on.
         layouts = (self.folder / LAYOUTS).glob("*.json*")
         for path in (*self._files(), *layouts, *self.searches.glob("*.safetensors*")):
             try:

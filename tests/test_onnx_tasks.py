@@ -181,8 +181,8 @@ def test_added_task_equals_the_exported_one(
         psoft_export.onnx.add_task(folder, TASKS["prose"], "law")
     prose = shutil.copytree(TASKS["prose"], tmp_path / "prose")
     mark = Recovery("text", "0", base_loss=3.0, start_loss=None, loss=1.0, settled=0.9, seed=0)
-    found = {"recovered": json.dumps(asdict(mark))}
-    files.edit_record(prose, lambda _, metadata: metadata.update(found))
+    marked = {"recovered": json.dumps(asdict(mark))}
+    files.edit_record(prose, lambda _, metadata: metadata.update(marked))
     psoft_export.onnx.add_task(folder, prose, "law", overwrite=True)
     assert mark.words in read_folder(folder).manifest["tasks"]["law"]["basis"]
     model = psoft_export.onnx.load(folder, device="cpu")

@@ -1076,8 +1076,19 @@ def test_an_interrupted_recovery_goes_on(planted: Planted, scrambled: Path, tmp_
     assert len(list((tmp_path / "cache" / "searches").iterdir())) == 1  # of the other base
 
 
-def test_a_time_limit_ends_it(planted: Planted, scrambled: Path) -> None:
+def test_a_time_limit_ends_it(
+    planted: Planted, scrambled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    carry_out = RecoveryRun.carry_out
+
+    def noted(run: RecoveryRun, readings: Any, **options: Any) -> Outcome:
+        asked.update(options)
+        return carry_out(run, readings, **options)
+
+    monkeypatch.setattr(RecoveryRun, "carry_out", noted)
     report = recovered(planted, scrambled, steps=None, time_limit=3, random_start=True)
+    assert asked["time_limit"] == 3 and asked["steps"] is None
     assert report.seconds < 60
     assert LEAST_STEPS <= report.steps < DEFAULT_STEPS
 

@@ -238,6 +238,10 @@ def test_of_a_long_table_no_field_is_cut(tmp_path: Path) -> None:
     file.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
     skeleton = bert("SequenceClassification", num_labels=2)
     assert 1000 < len(every(read_examples(file, skeleton, MINILM, window=8))) < 1100
+    stray = ["text,label", '"no end,1', *(f"{number} x,0" for number in range(200_000))]
+    file.write_text("\n".join(stray), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"a\.csv: line \d+: field larger than field limit"):
+        read_examples(file, skeleton, MINILM)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:

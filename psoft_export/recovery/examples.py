@@ -433,19 +433,21 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each row of a CSV file with a header is, and the row."""
-    text = read_text(path, whole_lines=True)
-    if path.stat().st_size > TEXT_BYTES:
-        while text.count('"') % 2:  # within a field that has several lines
-            text = text.rpartition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(read_text(path, whole_lines=True), newline=""))
+    is_cut = path.stat().st_size > TEXT_BYTES
+    previous = None
     try:
         missing = {"text", "label"} - set(reader.fieldnames or ())
         if missing:
             raise UsageError(f"{path}: its header has no column '{min(missing)}'")
         for row in reader:
-            yield f"{path}: line {reader.line_num}", row
+            if previous is not None:
+                yield previous
+            previous = f"{path}: line {reader.line_num}", row
     except csv.Error as cause:
         raise UsageError(f"{path}: line {reader.line_num}: {cause}") from cause
+    if previous is not None and not is_cut:  # else perhaps within a field of several lines
+        yield previous
 
 
 def _field(row: Mapping[str, Any], name: str, where: str, wanted: str = "") -> str:

@@ -71,8 +71,8 @@ def find_modules(
         for number, tensor in enumerate(plan.targets, 1):
             assert tensor.module is not None
             weight = reader.target(tensor)
-            basis, next_value = _basis(tensor.module, weight, options, finder, device)
             single = weight.as_trained.to(device, torch.float32)
+            basis, next_value = _basis(tensor.module, weight, single, options, finder)
             read = {
                 name: torch.ones(options.rank)  # the basis is of that very decomposition
                 if name == own_reading(device)
@@ -101,16 +101,23 @@ def find_modules(
 def _basis(
     module: str,
     weight: TargetWeight,
+    single: Tensor,
     options: BasisOptions,
     finder: BasisFinder,
-    device: torch.device,
 ) -> tuple[Basis, float]:
     """A and B on the CPU, and σ_{r+1}, such as any exact solver gives them but for signs.
 
     What torch's SVD gives on a GPU is none (`docs/basis.md`): a record of its signs is refused.
+
+    Args:
+        module: its path.
+        weight: W.
+        single: the same numbers in float32, on the device of the run.
+        options: how A and B are scaled.
+        finder: gives the SVD of a CPU, or what the cache has of it.
     """
-    if device.type != "cpu":
-        solution = leading_triplets(weight.as_trained.to(device), options.rank)
+    if single.device.type != "cpu":
+        solution = leading_triplets(single, options.rank)
         triplets = solution.triplets.to(torch.device("cpu"))
         return make_basis(triplets, options), solution.certificate.next_value
     here = finder.find(module, weight.as_trained, weight.trained.sha256)

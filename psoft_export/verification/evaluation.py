@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from psoft_export.algebra.few import entries_reaching, entries_reaching_either
+from psoft_export.algebra.few import entries_reaching
 from psoft_export.algebra.merged_weight import Settle
 from psoft_export.reference.expected import Expected
 
@@ -228,7 +228,7 @@ class _Tiles:
             # its subnormals, which many weights are, have float32's spacing of larger numbers.)
             steps = self._memory["steps"][: len(given)]
             torch.sub(written.view(torch.int32), at.view(torch.int32), out=steps)
-            found = entries_reaching_either(steps, 2**15 - 2)
+            found = entries_reaching(steps, 2**15 - 2, either=True)
             steps.view(-1)[found] = 0
             least, most = steps.aminmax()
             largest = max(-int(least), int(most)) / 2**16

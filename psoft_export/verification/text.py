@@ -5,7 +5,7 @@ from pathlib import Path
 
 from psoft_export.errors import UsageError, first_line
 
-TEXT_BYTES = 2**20  # of a file
+TEXT_BYTES = 2**20  # that are read of a file
 
 
 def read_text(path: Path, *, whole_lines: bool = False) -> str:
