@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from psoft_export.algebra.givens import levels, transforms
-from psoft_export.algebra.merged_weight import WeightMerge, row_parts
 from psoft_export.algebra.parameters import GivensParameters
 from psoft_export.algebra.rounding import round_to_nearest
 from psoft_export.changes.givens import GivensTransform
-from psoft_export.verification.evaluation import measure
+from psoft_export.verification.evaluation import measure, row_parts
 
 _SHAPES = ((4096, 4096), (11008, 4096))
 
@@ -64,16 +63,17 @@ class OurMerge:
     ) -> Tensor:
         """The merged weight, as written; checked as every merge is, or not."""
         change = GivensTransform(parameters)
-        merge = WeightMerge(weight, change.merging(weight), torch.bfloat16)
+        merge, merged = change.merging(weight), torch.empty(weight.shape, dtype=torch.bfloat16)
         expected = change.expected(weight) if with_check else None
-
-        merged = torch.empty(weight.shape, dtype=torch.bfloat16)
 
         def work(rows: slice) -> None:
             torch.set_num_threads(1)
-            merge.fill(merged, rows)
-            if expected is not None:
-                deviation = measure(weight[rows], merged[rows], expected.of_rows(rows))
+            if expected is None:
+                exact = merge(weight[rows].double(), rows)
+                merged[rows] = round_to_nearest(exact, torch.bfloat16)
+            else:
+                of = expected.of_rows(rows)
+                deviation = measure(weight[rows], merged[rows], of, merge=merge)
                 assert not deviation.not_nearest, "psoft-export's own check"
 
         list(self._pool.map(work, row_parts(weight, self._threads)))

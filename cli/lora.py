@@ -107,7 +107,7 @@ def lora_command(
     )
     adapters = Adapters.asked(adapter, method, factor, density, seed)
     # Loads transformers while torch is loaded here; combining needs it here as well.
-    planner = None if adapters.is_combination else start_planner()
+    planner = None if adapters.is_combination else start_planner(cache_dir, cache=not no_cache)
     from psoft_export import to_lora
 
     if upload is not None:

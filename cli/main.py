@@ -70,6 +70,7 @@ def _root(
 
 def main() -> None:
     """Run the program; ends the process with its exit code."""
+    gc.set_threshold(100_000)  # loading torch makes many objects, none of them garbage
     code = run(sys.argv[1:])
     gc.freeze()  # else Python would search all of torch's objects for garbage before it ends: 0.4 s
     sys.exit(code)

@@ -135,7 +135,7 @@ def merge_command(
     # Loads transformers while torch is loaded here; models that are run, and combining, need it
     # here as well.
     held_here = dry_run or verify or adapters.is_combination or recover_with is not None
-    planner = None if held_here else start_planner()
+    planner = None if held_here else start_planner(cache_dir, cache=not no_cache)
     from psoft_export import VerificationReport, merge, plan_merge
 
     names = [name.strip() for name in labels.split(",")] if labels is not None else None

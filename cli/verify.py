@@ -85,7 +85,7 @@ def verify_command(
     reports.check()
     # The other levels run models here, and combining plans here.
     apart = level == "weights" and not adapters.is_combination
-    planner = start_planner() if apart else None
+    planner = start_planner(cache_dir, cache=not no_cache) if apart else None
     from psoft_export import verify
 
     with out.merge_progress("verifying") as progress:

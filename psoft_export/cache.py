@@ -20,15 +20,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from psoft_export.basis.svd import Triplets
+from psoft_export.cache_folder import cache_folder, layouts_folder
 from psoft_export.checkpoint.output import replacing_file
 from psoft_export.checkpoint.reader import raw
 from psoft_export.checkpoint.safetensors_file import read_header
 from psoft_export.checkpoint.writer import ShardWriter, TensorSpec
-from psoft_export.errors import CheckpointError, OutputError, UsageError
+from psoft_export.errors import CheckpointError, OutputError
 
 DEFAULT_LIMIT_BYTES = 20 * 10**9
-LAYOUTS = "layouts"  # the folder for those that `layouts` keeps
-_FOLDER_VARIABLE = "PSOFT_EXPORT_CACHE"
 _SUFFIX = ".basis.safetensors"
 _FORMAT = "psoft-basis-cache/1"
 _TENSORS = ("left", "values", "right")
@@ -193,7 +192,7 @@ class BasisCache:
         """
         freed = self._clear_abandoned()
         # With what killed runs left behind, under names that go on.
-        layouts = (self.folder / LAYOUTS).glob("*.json*")
+        layouts = layouts_folder(self.folder).glob("*.json*")
         for path in (*self._files(), *layouts, *self.searches.glob("*.safetensors*")):
             try:
                 nbytes = path.stat().st_size
@@ -204,7 +203,7 @@ class BasisCache:
                 raise OutputError(f"{path}: cannot be removed ({cause.strerror})") from cause
             freed += nbytes
         with suppress(OSError):
-            (self.folder / LAYOUTS).rmdir()
+            layouts_folder(self.folder).rmdir()
         return freed
 
     def _files(self) -> Iterator[Path]:
@@ -250,40 +249,9 @@ class BasisCache:
         return freed
 
 
-def default_folder() -> Path:
-    """`$PSOFT_EXPORT_CACHE`, or `psoft-export` in the user's cache folder.
-
-    Raises:
-        UsageError: the user has no home folder.
-    """
-    if named := os.environ.get(_FOLDER_VARIABLE):
-        return _expanded(named)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "psoft-export"
-    return _expanded("~/.cache") / "psoft-export"
-
-
 def open_cache(folder: str | Path | None) -> BasisCache:
-    """The cache in `folder`, by default the user's.
-
-    Raises:
-        UsageError: the name is that of a file, or there is no home folder to find one in.
-    """
-    path = _expanded(folder) if folder is not None else default_folder()
-    with suppress(OSError):  # what cannot be looked at cannot be used; `problem` will say so
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"cache-dir '{path}' is a file, not a folder")
-    return BasisCache(path)
-
-
-def _expanded(folder: str | Path) -> Path:
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError as cause:
-        raise UsageError(
-            f"'{folder}' cannot be found, as there is no such home folder; name the cache with "
-            f"--cache-dir or {_FOLDER_VARIABLE}, or pass --no-cache"
-        ) from cause
+    """The cache in `folder`, by default the user's; errors as of `cache_folder`."""
+    return BasisCache(cache_folder(folder))
 
 
 def _metadata(data: bytes) -> dict[str, str]:

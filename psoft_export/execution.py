@@ -13,7 +13,6 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from psoft_export.algebra.merged_weight import WeightMerge, row_parts
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
 from psoft_export.bases import BasisFinder
 from psoft_export.checkpoint.cloning import clone_file
@@ -29,7 +28,7 @@ from psoft_export.errors import NonFiniteError, NotEquivalentError, OutputError
 from psoft_export.manifest import ModuleReport
 from psoft_export.pipeline import Progress, ProgressCallback, Target, TargetPipeline, damaged
 from psoft_export.plan import MergePlan, PlannedShard, PlannedTensor
-from psoft_export.verification.evaluation import Deviation, measure
+from psoft_export.verification.evaluation import Deviation, measure, row_parts
 from psoft_export.verification.figures import (
     GeometryFigures,
     GeometryLevel,
@@ -206,20 +205,18 @@ class Run:
         return raw(cast)
 
     def _merged(self, target: Target) -> _Merged:
-        """Merge one target, given its basis, and compare the result with the second evaluation."""
+        """Merge one target, given its basis, and check the result by the second evaluation."""
         tensor, found = target.tensor, target.basis
         assert found is not None
         weight = target.weight.values.to(self._device)
         target = replace(target, weight=replace(target.weight, values=weight))
         change = target.change(self._plan.adapter)
         dtype, expected = TORCH_DTYPES[tensor.spec.dtype], change.expected(weight)
-        merge = WeightMerge(weight, change.merging(weight), dtype)
-        merged = torch.empty(weight.shape, dtype=dtype)
+        merge, merged = change.merging(weight), weight.new_empty(weight.shape, dtype=dtype)
 
         def merge_rows(rows: slice) -> Deviation:
-            merge.fill(merged, rows)
-            of, settle = expected.of_rows(rows), merge.settling(rows)
-            return measure(weight[rows], merged[rows], of, self._product_unit, settle)
+            of = expected.of_rows(rows)
+            return measure(weight[rows], merged[rows], of, self._product_unit, merge)
 
         parts = row_parts(weight, workers_on(self._device))
         deviation, *others = self._pipeline.map(target, merge_rows, parts)

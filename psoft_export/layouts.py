@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from psoft_export.adapters.adapter import Adapter
-from psoft_export.cache import LAYOUTS
+from psoft_export.cache_folder import layouts_folder
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.output import replacing_file
 from psoft_export.checkpoint.reader import Checkpoint
@@ -36,7 +36,7 @@ class LayoutCache:
 
     def __init__(self, folder: Path) -> None:
         """Use a folder inside `folder`, made when the first layout is kept."""
-        self._folder = folder / LAYOUTS
+        self._folder = layouts_folder(folder)
 
     def get(self, key: str, checkpoint: Checkpoint, adapter: Adapter) -> Layout | None:
         """The layout with this key; None where there is none, or one that is damaged or another's.

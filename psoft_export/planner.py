@@ -11,8 +11,10 @@ import sys
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from psoft_export.cache_folder import cache_folder, layouts_folder
 from psoft_export.errors import PsoftExportError, UsageError
 
 if TYPE_CHECKING:
@@ -28,15 +30,19 @@ class Planner:
     the usual `if __name__ == "__main__":`.
     """
 
-    def __init__(self) -> None:
-        """Start the process; returns at once."""
+    def __init__(self, *, at_once: bool = True) -> None:
+        """Start the process, or wait with it until it is asked; returns at once."""
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        self._connection, self._theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs,), name="psoft-plan", daemon=True
+            target=_serve, args=(self._theirs,), name="psoft-plan", daemon=True
         )
+        if at_once:
+            self._start()
+
+    def _start(self) -> None:
         self._process.start()
-        theirs.close()
+        self._theirs.close()
 
     def layout(
         self, base: "Source", adapter: "Source", reading: "Reading", options: "OutputOptions"
@@ -49,6 +55,8 @@ class Planner:
         """
         if self._connection.closed:
             raise UsageError("planner: plans one merge only; start another for the next")
+        if self._process.pid is None:
+            self._start()
         try:
             self._connection.send((base, adapter, reading, options))
             answer: Layout | Exception = self._connection.recv()
@@ -68,13 +76,30 @@ class Planner:
     def stop(self) -> None:
         """End the process; nothing is asked of it."""
         self._connection.close()
+        if self._process.pid is None:
+            self._theirs.close()
+            return
         self._process.terminate()
         self._process.join()
 
 
-def start_planner() -> Planner | None:
-    """A `Planner`, or None where it would save nothing: transformers is loaded here already."""
-    return None if "transformers" in sys.modules else Planner()
+def start_planner(cache_dir: str | Path | None = None, *, cache: bool = True) -> Planner | None:
+    """A `Planner`, or None where it would save nothing: transformers is loaded here already.
+
+    Its process starts at once, unless the cache holds layouts: the one that is needed may be
+    among them, so then it starts when it is asked.
+
+    Args:
+        cache_dir: the folder of the cache; default: the user's.
+        cache: whether layouts are taken from the cache at all.
+
+    Raises:
+        UsageError: the cache's folder is a file, or cannot be found.
+    """
+    if "transformers" in sys.modules:
+        return None
+    kept = cache and any(layouts_folder(cache_folder(cache_dir)).glob("*.json"))
+    return Planner(at_once=not kept)
 
 
 def _serve(connection: Connection) -> None:

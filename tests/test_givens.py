@@ -62,8 +62,10 @@ def test_both_evaluations_are_the_dense_product(dimension: int, form: str, kind:
         change.merging(weight)(weight[rows].clone(), rows), exact[rows], **tolerance
     )
     expected = change.expected(weight)
-    delta = expected.of_rows(slice(2, 9)).delta_of(weight[2:6], 0)
-    torch.testing.assert_close(weight[rows] + delta, exact[rows], **tolerance)
+    total = weight[rows].clone()
+    squares = expected.delta.add_to(total, expected.of_rows(slice(2, 9)).rows(0, 4))
+    torch.testing.assert_close(total, exact[rows], **tolerance)
+    assert squares == pytest.approx(float((total - weight[rows]).square().sum()), rel=1e-9)
     reach = expected.reach_left[:, None] * expected.reach_right
     assert bool((weight.abs() @ dense(of).abs() <= reach * (1 + 1e-12)).all())
 

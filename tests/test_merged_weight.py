@@ -8,16 +8,19 @@ from torch import Tensor
 
 from psoft_export.algebra import merged_weight
 from psoft_export.algebra.merged_weight import (
-    AddedProduct,
-    WeightMerge,
+    added_product,
     low_rank_factors,
     product_error_bound,
-    row_parts,
 )
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
-from psoft_export.reference.expected import Expected
+from psoft_export.reference.expected import DeltaProduct, DeltaRows, Expected
 from psoft_export.verification import evaluation
-from psoft_export.verification.evaluation import Deviation, measure, unit_in_last_place
+from psoft_export.verification.evaluation import (
+    Deviation,
+    measure,
+    row_parts,
+    unit_in_last_place,
+)
 
 ROWS, COLUMNS, RANK = 700, 900, 24
 
@@ -38,62 +41,123 @@ def factors() -> tuple[Tensor, Tensor, Tensor]:
 def merge(
     weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Deviation]:
-    """The merged weight, its narrow entries settled, and how far it is from W + left @ right."""
-    merged, everything = torch.empty(weight.shape, dtype=dtype), slice(0, len(weight))
-    merging = WeightMerge(weight, AddedProduct(left, right), dtype)
-    merging.fill(merged, everything)
-    of = expected(left, right)
-    return merged, measure(weight, merged, of, settle=merging.settling(everything))
+    """The merged weight, and how far it is from W + left @ right."""
+    merged = torch.empty(weight.shape, dtype=dtype)
+    made = added_product(left, right)
+    return merged, measure(weight, merged, expected(left, right), merge=made)
 
 
-def expected(left: Tensor, right: Tensor) -> Expected:
+def expected(left: Tensor, right: Tensor, *, whole: bool = False) -> Expected:
+    """ΔW as a product, or as rows of the whole."""
     reach_left = torch.linalg.vector_norm(left, dim=1)
     reach_right = torch.linalg.vector_norm(right, dim=0)
-    return Expected(lambda _, rows: left[rows] @ right, reach_left, reach_right, left.shape[1])
+    delta = DeltaRows(lambda _, rows: left[rows] @ right) if whole else DeltaProduct(left, right)
+    return Expected(delta, reach_left, reach_right, left.shape[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("at_once", [False, True])
 def test_figures_are_those_of_the_result(
-    dtype: torch.dtype, factors: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    whole: bool,
+    at_once: bool,
+    factors: tuple[Tensor, Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight, left, right = factors
-    monkeypatch.setattr(merged_weight, "_BLOCK_BYTES", 40_000)  # many blocks, the last one short
-    monkeypatch.setattr(evaluation, "_TILE_BYTES", 90_000)
+    monkeypatch.setattr(evaluation, "_TILE_BYTES", 90_000)  # many tiles, the last one short
     before = weight.clone()
-    merged, deviation = merge(weight, left, right, dtype)
-    assert torch.equal(weight, before), "the base weight is not touched"
+    of, made = expected(left, right, whole=whole), added_product(left, right)
     delta = left @ right
     exact = weight.double() + delta
+    if at_once:
+        merged = torch.empty(weight.shape, dtype=dtype)
+        deviation = measure(weight, merged, of, merge=made)
+        assert torch.equal(merged, round_to_nearest(exact, dtype))
+    else:
+        merged = round_to_nearest(exact, dtype)
+        deviation = measure(weight, merged, of)
+    assert torch.equal(weight, before), "the base weight is not touched"
     error = merged.double() - exact
-    assert merged.shape == exact.shape and merged.dtype == dtype
     assert deviation.finite and deviation.not_nearest == 0
     largest = float((error.abs() / unit_in_last_place(exact, dtype)).max())
     assert 0.49 < largest <= 0.5
-    assert deviation.largest_ulp == pytest.approx(largest, abs=1e-12)
-    norm, size, whole = float(error.norm()), float(delta.norm()), float(weight.double().norm())
-    applied = float(((merged.double() - weight.double()) * delta).sum()) / size**2
-    assert deviation.relative_rounding == pytest.approx(norm / size, rel=1e-6)
-    assert deviation.relative_error == pytest.approx(norm / float(exact.norm()), rel=1e-6)
-    assert deviation.relative_delta == pytest.approx(size / whole, rel=1e-12)
-    assert deviation.applied == pytest.approx(applied, abs=1e-7)
+    assert deviation.largest_ulp == pytest.approx(largest, abs=1e-7)
+    norm, size, base = float(error.norm()), float(delta.norm()), float(weight.double().norm())
+    assert deviation.relative_rounding == pytest.approx(norm / size, rel=1e-5)
+    assert deviation.relative_error == pytest.approx(norm / float(exact.norm()), rel=1e-5)
+    assert deviation.relative_delta == pytest.approx(size / base, rel=1e-12)
+    assert deviation.applied == pytest.approx(1, abs=4 * norm / size / evaluation._PROBED**0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_wrong_neighbours_of_the_float32_product_are_found_and_settled(
-    dtype: torch.dtype, factors: tuple[Tensor, Tensor, Tensor]
+@pytest.mark.parametrize("times", [0, 0.5, 2])
+def test_how_often_the_change_is_in_a_weight_is_told(
+    times: float, factors: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     weight, left, right = factors
-    of, everything = expected(left, right), slice(0, ROWS)
-    merging = WeightMerge(weight, AddedProduct(left, right), dtype)
+    deviation = measure(weight, (weight + times * (left @ right)).bfloat16(), expected(left, right))
+    assert deviation.applied == pytest.approx(times, abs=1e-3) and deviation.not_nearest
+
+
+class Wrong:
+    """A merge that goes wrong in some of the rows of W."""
+
+    def __init__(self, left: Tensor, right: Tensor, at: Tensor, by: float) -> None:
+        self._merge, self._at, self._by = added_product(left, right), at, by
+
+    def __call__(self, exact: Tensor, rows: slice) -> Tensor:
+        made = self._merge(exact, rows)
+        for row, column in self._at.tolist():
+            if rows.start <= row < rows.stop:
+                made[row - rows.start, column] *= 1 + self._by
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at", [[[0, 0]], [[350, 4]], [[699, 899], [0, 7]]])
+def test_a_merge_that_goes_wrong_in_one_entry_is_found(
+    dtype: torch.dtype,
+    at: list[list[int]],
+    factors: tuple[Tensor, Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, left, right = factors
+    monkeypatch.setattr(evaluation, "_TILE_BYTES", 90_000)
     merged = torch.empty(weight.shape, dtype=dtype)
-    merging.fill(merged, everything)
-    nearest = round_to_nearest(weight.double() + left @ right, dtype)
-    wrong = int((merged != nearest).sum())
-    assert 0 < wrong < merged.numel() / 1000, "or there is nothing to settle"
-    assert measure(weight, merged, of).not_nearest == wrong
-    assert measure(weight, merged, of, settle=merging.settling(everything)).not_nearest == 0
-    assert torch.equal(merged, nearest)
-    assert WeightMerge(weight, AddedProduct(left, right), torch.float32).settling(slice(0)) is None
+    wrong = Wrong(left, right, torch.tensor(at), 2 * torch.finfo(dtype).eps)
+    deviation = measure(weight, merged, expected(left, right), merge=wrong)
+    assert deviation.not_nearest == len(at) and 1 < deviation.largest_ulp < 5
+    assert deviation.finite and deviation.applied == pytest.approx(1, abs=1e-3)
+
+
+def test_a_merge_of_another_change_is_found(factors: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, left, right = factors
+    merged = torch.empty(weight.shape, dtype=torch.bfloat16)
+    twice = added_product(2 * left, right)
+    deviation = measure(weight, merged, expected(left, right), merge=twice)
+    assert torch.equal(merged, round_to_nearest(weight.double() + 2 * left @ right, torch.bfloat16))
+    assert deviation.not_nearest > 0.9 * merged.numel()
+    assert deviation.applied == pytest.approx(2, abs=1e-3)
+
+
+def test_what_rounding_does_to_the_probes_is_no_reason_to_evaluate_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Large and small changes, of large and small weights: none takes ΔW as a whole."""
+
+    def refused(*_: object) -> float:
+        raise AssertionError("the whole of ΔW is evaluated")
+
+    monkeypatch.setattr(DeltaProduct, "add_to", refused)
+    for rows, columns, rank in ((1, 3, 1), (40, 2000, 8), (3000, 60, 50)):
+        left, right = torch.randn(rows, rank).double(), torch.randn(rank, columns).double()
+        for size in (0.0, 1e-30, 1e-6, 1.0, 1e6):
+            for scale in (0.0, 1e-20, 1.0, 1e3):
+                weight = scale * torch.randn(rows, columns)
+                merged, deviation = merge(weight, size * left, right, torch.float32)
+                assert deviation.not_nearest == 0
+                assert torch.equal(merged, (weight.double() + size * left @ right).float())
 
 
 def test_many_wrong_entries_are_judged_a_part_at_a_time(
@@ -117,27 +181,23 @@ def test_parts_are_those_of_the_whole(
     count: int, factors: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, left, right = factors
-    monkeypatch.setattr(merged_weight, "_BLOCK_BYTES", 200_000)
+    monkeypatch.setattr(evaluation, "_TILE_BYTES", 200_000)
     whole, deviation = merge(weight, left, right, torch.bfloat16)
     parts = row_parts(weight, count)
     assert 1 <= len(parts) <= count
     merged = torch.empty_like(whole)
-    merging = WeightMerge(weight, AddedProduct(left, right), torch.bfloat16)
-    joined, *others = [part(merging, weight, merged, rows, expected(left, right)) for rows in parts]
+    of, made = expected(left, right), added_product(left, right)
+    joined, *others = [
+        measure(weight[rows], merged[rows], of.of_rows(rows), merge=made) for rows in parts
+    ]
     assert torch.equal(merged, whole)
     for other in others:
         joined.join(other)
     assert joined.not_nearest == deviation.not_nearest == 0
     assert joined.largest_ulp == pytest.approx(deviation.largest_ulp, abs=1e-9)
-    assert joined.relative_rounding == pytest.approx(deviation.relative_rounding, rel=1e-12)
-
-
-def part(
-    merging: WeightMerge, weight: Tensor, merged: Tensor, rows: slice, of: Expected
-) -> Deviation:
-    merging.fill(merged, rows)
-    settle = merging.settling(rows)
-    return measure(weight[rows], merged[rows], of.of_rows(rows), settle=settle)
+    assert joined.relative_rounding == pytest.approx(deviation.relative_rounding, rel=1e-6)
+    assert joined.relative_delta == pytest.approx(deviation.relative_delta, rel=1e-12)
+    assert joined.applied == pytest.approx(deviation.applied, abs=1e-3)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
@@ -201,10 +261,10 @@ def test_the_largest_distance_is_that_of_all_entries() -> None:
     exact = torch.full((1, 600), 1.0 + 0.4995 * 2**-7, dtype=torch.float64)
     exact[0, 7] = 1.0 + 0.6 * 2**-7
     given = torch.ones(1, 600, dtype=torch.bfloat16)
+    given[0, 7] = 1 + 2**-7
     deviation = Deviation(None)
-    deviation.add(exact, given, lambda row, _: torch.full(row.shape, 1 + 2**-7).bfloat16())
-    assert deviation.largest_ulp == pytest.approx(0.4995, abs=1e-4)
-    assert deviation.not_nearest == 0 and given[0, 7] == 1 + 2**-7
+    deviation.add(exact, given)
+    assert deviation.largest_ulp == pytest.approx(0.4995, abs=1e-4) and deviation.not_nearest == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

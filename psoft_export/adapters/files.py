@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from psoft_export.adapters.basis_record import FILENAME as RECORD
-from psoft_export.checkpoint.hub import is_hub_id
 from psoft_export.checkpoint.reader import file_sha256, load_pickle
 from psoft_export.checkpoint.safetensors_file import read_header, save_tensors
 from psoft_export.checkpoint.source import Source
@@ -289,7 +288,11 @@ def named_base(config: Mapping[str, Any]) -> str | None:
     A relative path may look like one too; only the Hub can tell.
     """
     named = config.get("base_model_name_or_path")
-    return str(named) if is_hub_id(named) else None
+    if not isinstance(named, str) or named.count("/") != 1:
+        return None
+    from psoft_export.checkpoint.hub import is_hub_id  # loads the Hub's library: 0.3 s
+
+    return named if is_hub_id(named) else None
 
 
 def is_narrowed(config: Mapping[str, Any]) -> bool:

@@ -5,20 +5,20 @@ import torch
 from torch import Tensor
 
 
-def entries_reaching(values: Tensor, bound: float, *, either: bool = False) -> Tensor:
+def entries_reaching(values: Tensor, bound: float, marks: Tensor | None = None) -> Tensor:
     """Flat indices of the entries that are at least `bound`, of which NaN is none.
 
     Args:
-        values: contiguous, float64, float32 or int32, any shape.
-        bound: what to reach.
-        either: also those that are at most its negative, the least integer among them.
+        values: contiguous, float64, float32, int32 or uint32, any shape.
+        bound: what to reach; below 2^31 for integers.
+        marks: memory to work in, contiguous, bool, as many entries.
     """
     flat = values.view(-1)
+    if flat.device.type != "cpu":
+        if flat.dtype == torch.uint32:  # which torch itself does not compare
+            signed = flat.view(torch.int32)
+            return ((signed >= bound) | (signed < 0)).nonzero()[:, 0]
+        return (flat >= bound).nonzero()[:, 0]
     # NumPy compares, and finds what is true, several times as fast as torch does.
-    array = flat.numpy() if flat.device.type == "cpu" else flat
-    reaches = array >= bound
-    if either:
-        reaches |= array <= -bound
-    if isinstance(reaches, Tensor):
-        return reaches.nonzero()[:, 0]
-    return torch.from_numpy(np.flatnonzero(reaches))
+    out = None if marks is None else marks.view(-1).numpy()
+    return torch.from_numpy(np.flatnonzero(np.greater_equal(flat.numpy(), bound, out=out)))

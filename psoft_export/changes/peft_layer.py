@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from psoft_export.algebra.merged_weight import MergeRows
 from psoft_export.changes.change import ChangeFacts, WeightChange
 from psoft_export.errors import MissingExtraError, UnsupportedError
-from psoft_export.reference.expected import Expected
+from psoft_export.reference.expected import DeltaRows, Expected
 
 _LONGEST = 300  # characters of an error of PEFT's
 _BUILDING = threading.Lock()
@@ -65,7 +65,7 @@ class PeftLayer(WeightChange):
                 raise self._refused("run", cause) from cause
         norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
         return Expected(
-            delta=lambda rows, which: merged[which] - rows,
+            delta=DeltaRows(lambda rows, which: merged[which] - rows),
             reach_left=norms + torch.linalg.vector_norm(merged, dim=1),
             reach_right=torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device),
             terms=weight.shape[1],

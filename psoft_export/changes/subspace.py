@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from psoft_export.algebra.merged_weight import AddedProduct, MergeRows, low_rank_factors
+from psoft_export.algebra.merged_weight import MergeRows, added_product, low_rank_factors
 from psoft_export.algebra.parameters import RotationParameters
 from psoft_export.algebra.rotation import (
     core_rotation,
@@ -65,7 +65,7 @@ class SubspaceRotation(WeightChange):
     def merging(self, weight: Tensor) -> MergeRows:
         """W + left @ right."""
         left, right = self.low_rank_factors(self.options.scaling)
-        return AddedProduct(left.to(weight.device), right.to(weight.device))
+        return added_product(left.to(weight.device), right.to(weight.device))
 
     def expected(self, weight: Tensor) -> Expected:
         """scaling · (B (R A) − B A)."""

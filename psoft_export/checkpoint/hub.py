@@ -2,8 +2,10 @@
 
 import errno
 import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -14,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from psoft_export.errors import UsageError, first_line
+from psoft_export.errors import HubError, UsageError, first_line
 
 _TOKEN = re.compile(r"[!-~]+")
 _BUSY = (408, 429)
@@ -49,6 +51,51 @@ def checked_token(token: str | None) -> str | None:
             "--token: is empty or holds characters that no Hub token has; copy it anew"
         )
     return token
+
+
+def snapshot_of(
+    repo_id: str,
+    revision: str | None,
+    config: str,
+    choose_files: Callable[[Iterable[str]], list[str]],
+    *,
+    token: str | None = None,
+) -> Path:
+    """The folder in the Hub cache of a repository, whose name is the commit.
+
+    Arguments as of `source.resolve`, the revision apart from the id.
+
+    Raises:
+        UsageError: the token cannot be one.
+        HubError: the repository cannot be had.
+    """
+    token = checked_token(token)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return _cached_snapshot(repo_id, config, revision)
+        info = HfApi(token=token).model_info(repo_id, revision=revision)
+        files = choose_files([sibling.rfilename for sibling in info.siblings or []])
+        patterns = [_literal(name) for name in files]
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, token=token)
+        )
+    except Exception as cause:
+        if (problem := hub_problem(cause)) is None:
+            raise
+        name = f"{repo_id}@{revision}" if revision else repo_id
+        raise HubError(f"{name}: no such folder here; on the Hub: {problem}") from cause
+
+
+def _cached_snapshot(repo_id: str, config: str, revision: str | None) -> Path:
+    path = try_to_load_from_cache(repo_id, config, revision=revision)
+    if not isinstance(path, str):
+        raise FileNotFoundError(config)
+    return Path(path).parent
+
+
+def _literal(name: str) -> str:
+    """A file name as an `allow_patterns` entry that matches nothing else."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def hub_problem(cause: BaseException) -> str | None:

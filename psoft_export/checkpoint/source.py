@@ -6,10 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-
-from psoft_export.checkpoint.hub import checked_token, hub_problem
-from psoft_export.errors import HubError, PsoftExportError, UsageError
+from psoft_export.errors import PsoftExportError, UsageError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -65,28 +62,10 @@ def resolve(
     repo_id, _, revision = text.partition("@")
     if not _HUB_ID.fullmatch(repo_id) or isinstance(reference, Path):
         raise UsageError(f"{text}: no such folder, and not a Hub id (owner/name[@revision])")
-    wanted = revision or None
-    token = checked_token(token)
-    try:
-        if constants.HF_HUB_OFFLINE:
-            snapshot = _cached_snapshot(repo_id, config, wanted)
-        else:
-            info = HfApi(token=token).model_info(repo_id, revision=wanted)
-            files = choose_files([sibling.rfilename for sibling in info.siblings or []])
-            patterns = [_literal(name) for name in files]
-            snapshot = Path(
-                snapshot_download(repo_id, revision=wanted, allow_patterns=patterns, token=token)
-            )
-    except Exception as cause:
-        raise _hub_error(text, cause) from cause
+    from psoft_export.checkpoint.hub import snapshot_of  # loads the Hub's library: 0.3 s
+
+    snapshot = snapshot_of(repo_id, revision or None, config, choose_files, token=token)
     return Source(snapshot, repo_id, snapshot.name)  # the cache names snapshots by commit
-
-
-def _cached_snapshot(repo_id: str, config: str, revision: str | None) -> Path:
-    path = try_to_load_from_cache(repo_id, config, revision=revision)
-    if not isinstance(path, str):
-        raise FileNotFoundError(config)
-    return Path(path).parent
 
 
 def member(folder: Path, name: str, origin: str, error: type[PsoftExportError]) -> Path:
@@ -106,16 +85,3 @@ def member(folder: Path, name: str, origin: str, error: type[PsoftExportError]) 
     if outside:
         raise error(f"{folder / origin}: names '{name}', a path outside its folder; refused")
     return folder.joinpath(*path.parts)
-
-
-def _literal(name: str) -> str:
-    """A file name as an `allow_patterns` entry that matches nothing else."""
-    return re.sub(r"([*?\[])", r"[\1]", name)
-
-
-def _hub_error(reference: str, cause: Exception) -> PsoftExportError:
-    """One line for a reference that is no folder and cannot be had from the Hub either."""
-    problem = hub_problem(cause)
-    if problem is None:
-        raise cause
-    return HubError(f"{reference}: no such folder here; on the Hub: {problem}")

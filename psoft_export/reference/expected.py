@@ -1,11 +1,70 @@
 """What a merged weight should be, and how far rounding may take two right evaluations apart."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
-Delta = Callable[[Tensor, slice], Tensor]
+
+class Delta(ABC):
+    """ΔW of one weight, a few rows at a time."""
+
+    @abstractmethod
+    def add_to(self, weight: Tensor, rows: slice) -> float:
+        """Add ΔW's rows to those of W, in place; returns the sum of the squares of ΔW there.
+
+        Args:
+            weight: rows of W, n × in, float64, contiguous.
+            rows: which of W's they are.
+        """
+
+
+class DeltaRows(Delta):
+    """ΔW by a function: given rows of W (n × in, float64) and which they are, ΔW's in float64."""
+
+    def __init__(self, of: Callable[[Tensor, slice], Tensor]) -> None:
+        self._of = of
+
+    def add_to(self, weight: Tensor, rows: slice) -> float:
+        """As of `Delta`."""
+        delta = self._of(weight, rows)
+        weight.add_(delta)
+        flat = delta.reshape(-1)
+        return float(torch.dot(flat, flat))
+
+
+class DeltaProduct(Delta):
+    """ΔW = left right, of which an image and a norm are far less work than the whole."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        """Take the factors, out × r and r × in, float64, on one device."""
+        self._left, self._right = left, right
+
+    def add_to(self, weight: Tensor, rows: slice) -> float:
+        """As of `Delta`."""
+        weight.addmm_(self._left[rows], self._right)
+        return self.squares(rows)
+
+    def image(self, vectors: Tensor, rows: slice) -> Tensor:
+        """Rows of ΔW V.
+
+        Args:
+            vectors: V, in × k, float64.
+            rows: which.
+        """
+        return self._left[rows] @ (self._right @ vectors)
+
+    def squares(self, rows: slice) -> float:
+        """The sum of the squares of ΔW's entries in some rows."""
+        return float(self._row_squares[rows].sum())
+
+    @cached_property
+    def _row_squares(self) -> Tensor:
+        """From the r × r Gram matrix of `right`."""
+        return ((self._left @ (self._right @ self._right.T)) * self._left).sum(1)
 
 
 @dataclass(frozen=True)
@@ -13,7 +72,7 @@ class Expected:
     """ΔW of one weight by a second evaluation, and what rounding may do to it.
 
     Attributes:
-        delta: given rows of W (n × in, float64) and which rows they are, those of ΔW in float64.
+        delta: ΔW.
         reach_left: a bound for each row (out), float64, and
         reach_right: one for each column (in), whose products bound the sums of |terms| that the
             entries of ΔW are made of.
@@ -36,7 +95,6 @@ class Expected:
         """The same of some rows of W, which are counted from zero again."""
         return replace(self, reach_left=self.reach_left[rows], start=self.start + rows.start)
 
-    def delta_of(self, weight: Tensor, first: int) -> Tensor:
-        """ΔW of consecutive rows of W (float64), the first being row `first` of those meant."""
-        begin = self.start + first
-        return self.delta(weight, slice(begin, begin + len(weight)))
+    def rows(self, first: int, count: int) -> slice:
+        """Which of W's rows those from `first` on are, of those meant."""
+        return slice(self.start + first, self.start + first + count)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from psoft_export.algebra.parameters import GivensParameters
-from psoft_export.reference.expected import Expected
+from psoft_export.reference.expected import DeltaRows, Expected
 
 
 def expected_rows(parameters: GivensParameters, weight: Tensor) -> Expected:
@@ -49,7 +49,7 @@ def expected_rows(parameters: GivensParameters, weight: Tensor) -> Expected:
     if scaler is not None:
         growth = growth * max(1.0, float(scaler.abs().max()))
     return Expected(
-        delta=delta,
+        delta=DeltaRows(delta),
         reach_left=torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64),
         reach_right=1 + growth,
         terms=3 * len(steps) + 2,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from psoft_export.algebra.parameters import CayleyNeumann, RotationParameters
-from psoft_export.reference.expected import Expected
+from psoft_export.reference.expected import DeltaProduct, Expected
 
 
 def reference_rotation(parameters: RotationParameters) -> Tensor:
@@ -92,7 +92,7 @@ def expected_product(
     right = turn @ down - down
     terms = turn.abs() @ down.abs() + down.abs()
     return Expected(
-        delta=lambda _, rows: left[rows] @ right,
+        delta=DeltaProduct(left, right),
         reach_left=torch.linalg.vector_norm(left, dim=1),
         reach_right=torch.linalg.vector_norm(terms, dim=0),
         terms=left.shape[1],

@@ -1,17 +1,23 @@
-"""How far a given merged weight is from the one that `reference` says it should be, in float64."""
+"""How far a merged weight is from the one that `reference` says it should be, in float64.
+
+A weight that is being merged is made and told right in one pass; one that is given is compared.
+"""
 
 import math
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from psoft_export.algebra.few import entries_reaching
-from psoft_export.algebra.merged_weight import Settle
-from psoft_export.reference.expected import Expected
+from psoft_export.algebra.merged_weight import MergeRows
+from psoft_export.algebra.rounding import round_to_nearest
+from psoft_export.reference.expected import DeltaProduct, Expected
 
 # Float64 bytes of a tile. Smaller ones would fit a core's own cache, but several threads that
 # work on small tiles wait for Python's lock longer than for memory.
-_TILE_BYTES = 2 * 2**20
+_TILE_BYTES = 4 * 2**20
 _DEVICE_TILE_BYTES = 64 * 2**20
 DOUBLE = 2.0**-53  # unit roundoff of float64
 _MOST_SUSPECTS = 2**20  # that wait to be judged
@@ -19,6 +25,10 @@ _EXPONENTS = {
     torch.float64: (torch.int64, 0x7FF0000000000000),
     torch.float32: (torch.int32, 0x7F800000),
 }
+_LEAST_SQUARES = 1e-28  # a smaller sum in float32 may lack squares that are next to nothing
+_PROBED = 4096  # rows times probes, at least: a small weight has several probes
+# Of the norms that are summed up, times that of the probes. Rounding alone came to 0.6.
+_AGREE = 8 * DOUBLE
 
 
 class Deviation:
@@ -53,13 +63,15 @@ class Deviation:
         if of is not None:
             self._slack += (terms + 4) * 2 * DOUBLE * (of.condition - 1)
         self._rows = 0
-        self._error = self._exact = self._delta = self._weight = self._along = 0.0
+        self._error = self._exact = self._delta = self._weight = 0.0
+        # ⟨(given − W) V, ΔW V⟩ and ‖ΔW V‖² of the probes V, by probe.
+        self._along = self._moved = 0.0
 
     def join(self, following: "Deviation") -> None:
         """Account for the rows that another deviation is about."""
         self.largest_ulp = max(self.largest_ulp, following.largest_ulp)
         self.not_nearest += following.not_nearest
-        for name in ("_error", "_exact", "_delta", "_weight", "_along"):
+        for name in ("_error", "_exact", "_delta", "_weight", "_along", "_moved"):
             setattr(self, name, getattr(self, name) + getattr(following, name))
 
     @property
@@ -79,56 +91,110 @@ class Deviation:
 
     @property
     def applied(self) -> float | None:
-        """⟨given − W, ΔW⟩ / ‖ΔW‖²; None where ΔW is zero."""
-        return 1 + self._along / self._delta if self._delta else None
+        """⟨(given − W) V, ΔW V⟩ / ‖ΔW V‖² of random vectors V; None where ΔW is zero."""
+        return self._along / self._moved if self._moved else None
 
     @property
     def finite(self) -> bool:
         """Whether every entry is finite, or an infinity that is right."""
         return math.isfinite(self.largest_ulp)
 
-    def add(self, weight: Tensor, given: Tensor, settle: Settle | None = None) -> None:
-        """Account for the next rows.
+    def add(self, weight: Tensor, given: Tensor, merge: MergeRows | None = None) -> None:
+        """Account for the next rows; with `merge`, make them first.
 
         Numbers far from ties are told in float32 where those of `given` are narrow; only what is
         beside ties, or wrong, is looked at in float64.
 
+        The float64 sums of `merge` count as W + ΔW where ΔW is a product and both map random
+        vectors to the same, as far as rounding lets them (Freivalds, Probabilistic machines can
+        use less running time, IFIP 1977). Otherwise what was made of them is compared with W + ΔW
+        itself, as what is given is.
+
         Args:
             weight: the rows of W (n × in), any floating dtype.
-            given: the same rows as they were written, in their dtype; same device.
-            settle: called with the rows and columns (of `given`) of entries that are not the
-                nearest number, or nearly not; what it returns replaces them in `given` before
-                they are judged.
+            given: the same rows as they were written, in their dtype; same device. With `merge`,
+                where the numbers nearest to what that makes are put.
+            merge: what makes rows of the merged weight.
         """
         suspects, tiles = _Suspects(), _Tiles(weight, given.dtype)
+        probed = self._probed(tiles, len(given)) if merge is not None else None
         for start in range(0, len(given), tiles.rows):
-            rows = weight[start : start + tiles.rows]
             written = given[start : start + tiles.rows]
-            exact = tiles.take("exact", rows)
-            self._weight += _dot(exact, exact)
-            delta = None
-            if self._expected is not None:
-                delta = self._expected.delta_of(exact, self._rows + start)
-                exact.add_(delta)
-                self._delta += _dot(delta, delta)
-            self._exact += _dot(exact, exact)
-            found, error, largest = tiles.compare(written, exact)
+            total = self._sum(weight, written, start, tiles, merge, probed)
+            exact = total.values
+            self._exact += total.squares
+            at = tiles.narrowed(exact)
+            if total.is_merged:
+                written.copy_(at)  # right but for what is beside ties, which is found below
+            numbers = tiles.take("given", written)
+            if total.images is not None:
+                before, after = total.images
+                moved, probes = after - before, before.shape[1]
+                self._along += _dot(tiles.image(numbers) - before, moved) / probes
+                self._moved += _dot(moved, moved) / probes
+            found, error, largest = tiles.compare(numbers, at)
             squared = _dot(error, error)
+            if not _LEAST_SQUARES < squared < math.inf:
+                error = error.double()
+                squared = _dot(error, error)
             if not math.isfinite(squared):
                 found, error, largest = self._compared_beside_infinities(written, exact)
                 squared = _dot(error, error)
-            if len(found):
-                suspects.take(start * given.shape[1], found, exact, delta)
             self.largest_ulp = max(self.largest_ulp, largest)
             self._error += squared
-            if delta is not None:
-                self._along += _dot(error, delta)
+            if len(found):
+                values = exact.view(-1).index_select(0, found)
+                suspects.take(found + start * given.shape[1], values, total.is_merged)
             if suspects.count > _MOST_SUSPECTS:
-                self._judge(weight, given, suspects, settle)
+                self._judge(weight, given, suspects)
                 suspects = _Suspects()
         if suspects.count:
-            self._judge(weight, given, suspects, settle)
+            self._judge(weight, given, suspects)
         self._rows += len(given)
+
+    def _probed(self, tiles: "_Tiles", count: int) -> "_Probed | None":
+        """What the probes say of the next rows of ΔW; None where it is no product."""
+        of = self._expected
+        if of is None or not isinstance(of.delta, DeltaProduct):
+            return None
+        reach = _norm(of.reach_left[self._rows : self._rows + count]) * _norm(of.reach_right)
+        image = of.delta.image(tiles.probes, of.rows(self._rows, count))
+        return _Probed(of.delta, image, of.condition * reach, _norm(tiles.probes))
+
+    def _sum(
+        self,
+        weight: Tensor,
+        written: Tensor,
+        start: int,
+        tiles: "_Tiles",
+        merge: MergeRows | None,
+        probed: "_Probed | None",
+    ) -> "_Sum":
+        """W + ΔW of the tile from row `start` on.
+
+        Where `merge` makes other sums, the numbers nearest to those are in `written`.
+        """
+        rows = weight[start : start + tiles.rows]
+        exact = tiles.take("exact", rows)
+        squares = _dot(exact, exact)
+        self._weight += squares
+        if (of := self._expected) is None:
+            return _Sum(exact, squares)
+        which = of.rows(self._rows + start, len(rows))
+        before = tiles.image(exact)
+        if merge is not None:
+            made = merge(exact, which)
+            if probed is not None:
+                after, merged = tiles.image(made), _dot(made, made)
+                off = after - before - probed.image[start : start + len(rows)]
+                norms = math.sqrt(squares) + math.sqrt(merged) + probed.reach
+                if _norm(off) <= _AGREE * norms * probed.norm:
+                    self._delta += probed.delta.squares(which)
+                    return _Sum(made, merged, (before, after), is_merged=True)
+            written.copy_(round_to_nearest(made, written.dtype))
+            exact = tiles.take("exact", rows)
+        self._delta += of.delta.add_to(exact, which)
+        return _Sum(exact, _dot(exact, exact), (before, tiles.image(exact)))
 
     def _compared_beside_infinities(
         self, given: Tensor, exact: Tensor
@@ -148,18 +214,16 @@ class Deviation:
         error.view(-1)[found] = ulps.view(-1)[found] = 0
         return found, error, float(ulps.max())
 
-    def _judge(
-        self, weight: Tensor, given: Tensor, suspects: "_Suspects", settle: Settle | None
-    ) -> None:
+    def _judge(self, weight: Tensor, given: Tensor, suspects: "_Suspects") -> None:
         """Account for entries that were left out: too far is what is not the nearest, surely."""
-        index, at, delta = suspects.all()
+        index, at, is_merged = suspects.all()
         row, column = index // given.shape[1], index % given.shape[1]
-        if settle is not None:
-            given[row, column] = settle(row, column)
+        if bool(is_merged.any()):
+            nearest = round_to_nearest(at[is_merged], given.dtype)
+            given[row[is_merged], column[is_merged]] = nearest
         written = given[row, column].to(torch.float64)
         error = written - at
         self._error += _dot(error, error)
-        self._along += _dot(error, delta)
         doubt = weight[row, column].to(torch.float64).abs()
         if self._expected is not None:
             of = self._expected
@@ -178,6 +242,41 @@ class Deviation:
         self.not_nearest += int(((ulps >= 0.5) & (ulps > half_unit + doubt / unit)).sum())
 
 
+@dataclass(frozen=True)
+class _Sum:
+    """W + ΔW of a tile, float64.
+
+    Attributes:
+        values: the sum.
+        squares: of its entries, summed up.
+        images: W V and (W + ΔW) V of the probes V; None where there is no ΔW.
+        is_merged: whether it is what `merge` made, so that nothing is written yet.
+    """
+
+    values: Tensor
+    squares: float
+    images: tuple[Tensor, Tensor] | None = None
+    is_merged: bool = False
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """What is known of some rows of a ΔW that is a product.
+
+    Attributes:
+        delta: ΔW.
+        image: these rows of ΔW V, V being the probes.
+        reach: a bound of the norm of the sums of |terms| of which these rows are made, times how
+            much the evaluation magnifies rounding.
+        norm: ‖V‖.
+    """
+
+    delta: DeltaProduct
+    image: Tensor
+    reach: float
+    norm: float
+
+
 class _Tiles:
     """Row blocks of a weight, compared in memory that is taken once.
 
@@ -185,6 +284,7 @@ class _Tiles:
 
     Attributes:
         rows: how many rows a tile has; the last may have fewer.
+        probes: V, random vectors, in × k, float64; the same for all weights of that width.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -192,58 +292,67 @@ class _Tiles:
         self._dtype = dtype
         # What is narrow is compared in float32, and what is then beside ties again in float64.
         self._work = torch.float32 if dtype.itemsize < 4 else torch.float64
-        size = _TILE_BYTES if weight.device.type == "cpu" else _DEVICE_TILE_BYTES
-        self.rows = max(1, min(len(weight), size // (8 * max(weight.shape[1], 1))))
+        self.rows = min(len(weight), _tile_rows(weight))
         like = weight.new_empty(self.rows, weight.shape[1], dtype=torch.float64)
         self._memory = {
             "exact": like,
-            "error": torch.empty_like(like),
             "at": torch.empty_like(like, dtype=self._work),
             "given": torch.empty_like(like, dtype=self._work),
             "steps": torch.empty_like(like, dtype=torch.int32),
+            "marks": torch.empty_like(like, dtype=torch.bool),
         }
+        count = max(1, _PROBED // max(1, len(weight)))
+        drawn = torch.Generator().manual_seed(weight.shape[1])
+        shape = (weight.shape[1], count)
+        self.probes = torch.randn(shape, generator=drawn, dtype=torch.float64).to(weight.device)
+        self._probes = {torch.float64: self.probes, self._work: self.probes.to(self._work)}
 
     def take(self, name: str, values: Tensor) -> Tensor:
         """A copy of `values` in the memory of that name, contiguous, in its dtype."""
         return self._memory[name][: len(values)].copy_(values)
 
-    def compare(self, given: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Where `given` may not be the nearest number to `exact`, and how far the rest is.
+    def narrowed(self, exact: Tensor) -> Tensor:
+        """A float64 tile in the dtype that `compare` works in."""
+        return exact if self._work == exact.dtype else self.take("at", exact)
+
+    def image(self, tile: Tensor) -> Tensor:
+        """A tile times the probes, float64."""
+        return (tile @ self._probes[tile.dtype]).double()
+
+    def compare(self, given: Tensor, at: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Where `given` may not be the nearest number to `at`, and how far the rest is.
 
         Args:
-            given: a tile, in its dtype.
-            exact: what it should be, contiguous float64.
+            given: a tile as `take` gives it, which becomes the error.
+            at: what it should be, as `narrowed` gives it.
 
         Returns:
-            The flat indices of entries that are half a unit in the last place from `exact`, or
-            farther, or nearly so; the error of all others (float64; 0 at those), and the largest
-            of these errors in units of the last place. An error that is not finite says that an
-            entry is not either, and that nothing else here is known.
+            The flat indices of entries that are half a unit in the last place from `at`, or
+            farther, or nearly so; the error of all others (0 at those), and the largest of these
+            errors in units of the last place. An error that is not finite says that an entry is
+            not either, and that nothing else here is known.
         """
-        at = exact if self._work == exact.dtype else self.take("at", exact)
-        written = self.take("given", given)
         if self._dtype == torch.bfloat16:
             # Its numbers are float32 numbers whose last 16 bits are zeros, so that as integers
             # neighbours are 2^16 apart, and 2^15 from the tie between them. (Not so in float16:
             # its subnormals, which many weights are, have float32's spacing of larger numbers.)
             steps = self._memory["steps"][: len(given)]
-            torch.sub(written.view(torch.int32), at.view(torch.int32), out=steps)
-            found = entries_reaching(steps, 2**15 - 2, either=True)
-            steps.view(-1)[found] = 0
-            least, most = steps.aminmax()
-            largest = max(-int(least), int(most)) / 2**16
-            error = written.sub_(at)
+            torch.sub(given.view(torch.int32), at.view(torch.int32), out=steps).abs_()
+            sizes = steps.view(torch.uint32)  # the least integer is its own absolute value
+            found = entries_reaching(sizes, 2**15 - 2, self._memory["marks"][: len(given)])
+            largest = int(steps.view(-1).index_fill_(0, found, 0).max()) / 2**16
+            error = given.sub_(at)
         else:
             bound = 0.5
             if self._work != self._dtype:  # in whose units the rounding to `work` is below this
                 bound -= 2 * torch.finfo(self._work).eps / torch.finfo(self._dtype).eps
-            error = written.sub_(at)
+            error = given.sub_(at)
             ulps = error.abs().div_(unit_in_last_place(at, self._dtype))
-            found = entries_reaching(ulps, bound)
-            ulps.view(-1)[found] = 0
-            largest = float(ulps.max())
-        error.view(-1)[found] *= 0  # which leaves NaN where one is not finite
-        return found, error if error.dtype == exact.dtype else self.take("error", error), largest
+            found = entries_reaching(ulps, bound, self._memory["marks"][: len(given)])
+            largest = float(ulps.view(-1).index_fill_(0, found, 0).max())
+        flat = error.view(-1)
+        flat.index_copy_(0, found, flat.index_select(0, found).mul_(0))  # NaN of what is not finite
+        return found, error, largest
 
 
 class _Suspects:
@@ -257,17 +366,15 @@ class _Suspects:
         self.count = 0
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def take(self, first: int, found: Tensor, exact: Tensor, delta: Tensor | None) -> None:
-        """Take the entries `found` (flat indices) of a tile whose first entry has index `first`."""
-        at = exact.view(-1)[found]
-        change = delta.reshape(-1)[found] if delta is not None else torch.zeros_like(at)
-        self._parts.append((found + first, at, change))
+    def take(self, found: Tensor, exact: Tensor, is_merged: bool) -> None:
+        """Take entries: their flat indices in the weight, and the sum there as of `_Sum`."""
+        self._parts.append((found, exact, torch.full_like(found, is_merged, dtype=torch.bool)))
         self.count += len(found)
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Flat indices in the weight, and W + ΔW and ΔW there, float64."""
-        index, at, delta = zip(*self._parts, strict=True)
-        return torch.cat(index), torch.cat(at), torch.cat(delta)
+        """What was taken, in one: indices, sums, and which sums were made by the merge."""
+        index, exact, is_merged = zip(*self._parts, strict=True)
+        return torch.cat(index), torch.cat(exact), torch.cat(is_merged)
 
 
 def measure(
@@ -275,20 +382,36 @@ def measure(
     written: Tensor,
     of: Expected,
     product_unit: float = DOUBLE,
-    settle: Settle | None = None,
+    merge: MergeRows | None = None,
 ) -> Deviation:
-    """How far a merged weight is from W + ΔW.
+    """How far a merged weight is from W + ΔW; with `merge`, make it.
 
     Args:
         weight: W (out × in), any floating dtype, on the device of `of`.
-        written: the merged weight, in its dtype, on any device.
+        written: the merged weight, in its dtype, on any device; with `merge` on that of `weight`.
         of: ΔW.
         product_unit: as of `Deviation`.
-        settle: as of `Deviation.add`; then `written` is on the device of `weight`.
+        merge: as of `Deviation.add`.
     """
     deviation = Deviation(of, product_unit)
-    deviation.add(weight, written.to(weight.device), settle)
+    deviation.add(weight, written.to(weight.device), merge)
     return deviation
+
+
+def row_parts(weight: Tensor, count: int) -> list[slice]:
+    """Rows of W in `count` parts of nearly equal size, cut between tiles.
+
+    So that a weight merged in parts is bit for bit the one merged at once.
+    """
+    rows, step = weight.shape[0], _tile_rows(weight)
+    tiles = math.ceil(rows / step)
+    ends = [min(rows, step * round(tiles * part / count)) for part in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(ends) if start < end]
+
+
+def _tile_rows(weight: Tensor) -> int:
+    size = _TILE_BYTES if weight.device.type == "cpu" else _DEVICE_TILE_BYTES
+    return max(1, size // (8 * max(weight.shape[1], 1)))
 
 
 def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -305,3 +428,7 @@ def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dot(first: Tensor, second: Tensor) -> float:
     return float(torch.dot(first.reshape(-1), second.reshape(-1)))
+
+
+def _norm(values: Tensor) -> float:
+    return math.sqrt(_dot(values, values))
