@@ -228,6 +228,10 @@ class _Workers(AbstractContextManager["_Workers"]):
         self._pool = ThreadPoolExecutor(count, "psoft-worker")
         self._running: set[Future[Any]] = set()
 
+    def __enter__(self) -> "_Workers":
+        torch.set_num_threads(self._share)  # of this thread too, beside the others
+        return self
+
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._threads)
@@ -250,7 +254,10 @@ class _Workers(AbstractContextManager["_Workers"]):
         wait(self._running)
         self._running.clear()  # with what they made
         torch.set_num_threads(self._threads)
-        return work(*args, **named)
+        try:
+            return work(*args, **named)
+        finally:
+            torch.set_num_threads(self._share)
 
     def _in_share(self, work: Callable[P, T]) -> Callable[P, T]:
         def run(*args: P.args, **named: P.kwargs) -> T:

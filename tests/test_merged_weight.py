@@ -173,7 +173,7 @@ def test_many_wrong_entries_are_judged_a_part_at_a_time(
     in_parts = measure(weight, weight.bfloat16(), of)
     assert in_parts.not_nearest == at_once.not_nearest
     assert in_parts.largest_ulp == at_once.largest_ulp
-    assert in_parts.relative_error == pytest.approx(at_once.relative_error, rel=1e-9)
+    assert in_parts.relative_error == pytest.approx(at_once.relative_error, rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 50])

@@ -1,8 +1,10 @@
-"""SHA-256 of a file as it is written, which several threads compare with what is on disk."""
+"""Hashes of a file as it is written: SHA-256 of the whole, and what compares it with the disk."""
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+
+import xxhash
 
 from psoft_export.checkpoint.uncached import UncachedReader
 from psoft_export.errors import OutputError
@@ -12,12 +14,11 @@ _READ_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Stretch:
-    """Bytes of a file; the hash of all that is before them, and of all to their end."""
+    """Bytes of a file, and their XXH3-128: enough against accidents, at the speed of memory."""
 
     start: int
     end: int
-    before: "hashlib._Hash"
-    after: "hashlib._Hash"
+    digest: bytes
 
     def reads_back(self, path: Path) -> bool:
         """Whether the file at `path` holds there what was written; read past the page cache.
@@ -25,7 +26,7 @@ class Stretch:
         Raises:
             OutputError: it cannot be read.
         """
-        found = self.before.copy()
+        found = xxhash.xxh3_128()
         try:
             with path.open("rb", buffering=0) as file:
                 reader = UncachedReader(file.fileno(), _READ_BYTES)
@@ -35,14 +36,13 @@ class Stretch:
             return False
         except OSError as cause:
             raise OutputError(f"{path}: cannot be read ({cause.strerror})") from cause
-        return found.digest() == self.after.digest()
+        return found.digest() == self.digest
 
 
 class WrittenHash:
-    """SHA-256 of bytes in order, which keeps its state on the way.
+    """SHA-256 of bytes in order, and the stretches of them that can be compared with the disk.
 
-    A hash goes on from any of its states, so that stretches of the file can be read back as they
-    are on disk, and side by side; together they say as much as the hash of the whole.
+    Stretches can be read back as soon as they are on disk, and side by side.
     """
 
     def __init__(self, size: int, stretches: int) -> None:
@@ -53,32 +53,33 @@ class WrittenHash:
             stretches: how many to keep apart.
         """
         self._ends = [size * part // stretches for part in range(1, stretches)]
-        self._hash = hashlib.sha256()
-        self._count = 0
-        self._states = [(0, self._hash.copy())]
-        self._given = 0
+        self._whole = hashlib.sha256()
+        self._stretch = xxhash.xxh3_128()
+        self._start = self._count = 0
+        self._complete: list[Stretch] = []
 
     def update(self, data: memoryview) -> None:
         """Take the next bytes."""
-        self._hash.update(data)
+        self._whole.update(data)
+        self._stretch.update(data)
         self._count += len(data)
-        kept = len(self._states) - 1
-        if kept < len(self._ends) and self._count >= self._ends[kept]:
-            self._states.append((self._count, self._hash.copy()))
+        if self._ends and self._count >= self._ends[0]:
+            self.end()
+            while self._ends and self._count >= self._ends[0]:
+                self._ends.pop(0)
+
+    def end(self) -> None:
+        """End a stretch with the last byte so far."""
+        self._complete.append(Stretch(self._start, self._count, self._stretch.digest()))
+        self._stretch.reset()
+        self._start = self._count
 
     def hexdigest(self) -> str:
-        """The hash of all bytes so far, in hexadecimal."""
-        return self._hash.hexdigest()
+        """The SHA-256 of all bytes so far, in hexadecimal."""
+        return self._whole.hexdigest()
 
     def stretches(self, until: int) -> list[Stretch]:
         """Those that were not given yet and end at byte `until` or before."""
-        given = []
-        while self._given + 1 < len(self._states) and self._states[self._given + 1][0] <= until:
-            (start, before), (end, after) = self._states[self._given : self._given + 2]
-            given.append(Stretch(start, end, before, after))
-            self._given += 1
+        given = [stretch for stretch in self._complete if stretch.end <= until]
+        del self._complete[: len(given)]
         return given
-
-    def end(self) -> None:
-        """Let the last stretch end with the last byte so far."""
-        self._states.append((self._count, self._hash.copy()))

@@ -59,12 +59,13 @@ class DeltaProduct(Delta):
 
     def squares(self, rows: slice) -> float:
         """The sum of the squares of ΔW's entries in some rows."""
-        return float(self._row_squares[rows].sum())
+        left = self._left[rows]
+        return float(torch.sum((left @ self._gram) * left))
 
     @cached_property
-    def _row_squares(self) -> Tensor:
-        """From the r × r Gram matrix of `right`."""
-        return ((self._left @ (self._right @ self._right.T)) * self._left).sum(1)
+    def _gram(self) -> Tensor:
+        """The r × r Gram matrix of `right`."""
+        return self._right @ self._right.T
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,11 @@ _EXPONENTS = {
     torch.float32: (torch.int32, 0x7F800000),
 }
 _LEAST_SQUARES = 1e-28  # a smaller sum in float32 may lack squares that are next to nothing
-_PROBED = 4096  # rows times probes, at least: a small weight has several probes
-# Of the norms that are summed up, times that of the probes. Rounding alone came to 0.6.
-_AGREE = 8 * DOUBLE
+# A weight of this many rows has one probe (products by two or more take ten times as long); of a
+# smaller one, rows times probes come to `_PROBED`.
+_ONE_PROBE = 1024
+_PROBED = 4096
+_AGREE = DOUBLE  # of norms, times that of the probes; rounding came to a fifth of it at most
 
 
 class Deviation:
@@ -122,8 +124,8 @@ class Deviation:
             written = given[start : start + tiles.rows]
             total = self._sum(weight, written, start, tiles, merge, probed)
             exact = total.values
-            self._exact += total.squares
             at = tiles.narrowed(exact)
+            self._exact += _squares(at)
             if total.is_merged:
                 written.copy_(at)  # right but for what is beside ties, which is found below
             numbers = tiles.take("given", written)
@@ -133,15 +135,12 @@ class Deviation:
                 self._along += _dot(tiles.image(numbers) - before, moved) / probes
                 self._moved += _dot(moved, moved) / probes
             found, error, largest = tiles.compare(numbers, at)
-            squared = _dot(error, error)
-            if not _LEAST_SQUARES < squared < math.inf:
-                error = error.double()
-                squared = _dot(error, error)
-            if not math.isfinite(squared):
+            squares = _squares(error)
+            if not math.isfinite(squares):
                 found, error, largest = self._compared_beside_infinities(written, exact)
-                squared = _dot(error, error)
+                squares = _squares(error)
             self.largest_ulp = max(self.largest_ulp, largest)
-            self._error += squared
+            self._error += squares
             if len(found):
                 values = exact.view(-1).index_select(0, found)
                 suspects.take(found + start * given.shape[1], values, total.is_merged)
@@ -176,25 +175,25 @@ class Deviation:
         """
         rows = weight[start : start + tiles.rows]
         exact = tiles.take("exact", rows)
-        squares = _dot(exact, exact)
+        squares = _squares(exact)
         self._weight += squares
         if (of := self._expected) is None:
-            return _Sum(exact, squares)
+            return _Sum(exact)
         which = of.rows(self._rows + start, len(rows))
         before = tiles.image(exact)
         if merge is not None:
             made = merge(exact, which)
             if probed is not None:
-                after, merged = tiles.image(made), _dot(made, made)
+                after = tiles.image(made)
                 off = after - before - probed.image[start : start + len(rows)]
-                norms = math.sqrt(squares) + math.sqrt(merged) + probed.reach
+                norms = 2 * math.sqrt(squares) + probed.reach
                 if _norm(off) <= _AGREE * norms * probed.norm:
                     self._delta += probed.delta.squares(which)
-                    return _Sum(made, merged, (before, after), is_merged=True)
+                    return _Sum(made, (before, after), is_merged=True)
             written.copy_(round_to_nearest(made, written.dtype))
             exact = tiles.take("exact", rows)
         self._delta += of.delta.add_to(exact, which)
-        return _Sum(exact, _dot(exact, exact), (before, tiles.image(exact)))
+        return _Sum(exact, (before, tiles.image(exact)))
 
     def _compared_beside_infinities(
         self, given: Tensor, exact: Tensor
@@ -223,7 +222,7 @@ class Deviation:
             given[row[is_merged], column[is_merged]] = nearest
         written = given[row, column].to(torch.float64)
         error = written - at
-        self._error += _dot(error, error)
+        self._error += _squares(error)
         doubt = weight[row, column].to(torch.float64).abs()
         if self._expected is not None:
             of = self._expected
@@ -248,13 +247,11 @@ class _Sum:
 
     Attributes:
         values: the sum.
-        squares: of its entries, summed up.
         images: W V and (W + ΔW) V of the probes V; None where there is no ΔW.
         is_merged: whether it is what `merge` made, so that nothing is written yet.
     """
 
     values: Tensor
-    squares: float
     images: tuple[Tensor, Tensor] | None = None
     is_merged: bool = False
 
@@ -301,7 +298,7 @@ class _Tiles:
             "steps": torch.empty_like(like, dtype=torch.int32),
             "marks": torch.empty_like(like, dtype=torch.bool),
         }
-        count = max(1, _PROBED // max(1, len(weight)))
+        count = 1 if len(weight) >= _ONE_PROBE else _PROBED // max(1, len(weight))
         drawn = torch.Generator().manual_seed(weight.shape[1])
         shape = (weight.shape[1], count)
         self.probes = torch.randn(shape, generator=drawn, dtype=torch.float64).to(weight.device)
@@ -430,5 +427,14 @@ def _dot(first: Tensor, second: Tensor) -> float:
     return float(torch.dot(first.reshape(-1), second.reshape(-1)))
 
 
+def _squares(values: Tensor) -> float:
+    """The sum of the squares, as exactly as the dtype sums up, whatever their size."""
+    found = _dot(values, values)
+    if values.dtype == torch.float32 and not _LEAST_SQUARES < found < math.inf:
+        wide = values.double()
+        found = _dot(wide, wide)
+    return found
+
+
 def _norm(values: Tensor) -> float:
-    return math.sqrt(_dot(values, values))
+    return math.sqrt(_squares(values))
