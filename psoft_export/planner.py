@@ -4,6 +4,7 @@ Only what is planned comes back. This module itself loads nothing, so that the o
 be started first and loads transformers while the caller loads torch.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -105,6 +106,7 @@ def start_planner(cache_dir: str | Path | None = None, *, cache: bool = True) ->
 def _serve(connection: Connection) -> None:
     """Answer one request; runs in the planning process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides what stops
+    gc.disable()  # what is loaded is no garbage, and this process ends before any adds up
     from psoft_export.adapters.kinds import read_adapter
     from psoft_export.checkpoint.reader import open_checkpoint
     from psoft_export.planning import make_layout

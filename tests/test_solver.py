@@ -234,7 +234,7 @@ def test_each_round_of_refinement_adds_digits_until_the_vectors_are_right() -> N
     left, _, _ = torch.linalg.svd(weight.double().T)
     exact = left.T[:60]
     rough = torch.linalg.qr((exact + 1e-3 * torch.randn(exact.shape) / 640**0.5).T)[0].T
-    before = rayleigh_ritz(held, rough[:36].contiguous(), 20, "mixed-lanczos")
+    before = rayleigh_ritz(held, Space(rough[:36].contiguous(), "mixed-lanczos"), 20)
     assert 1e-4 < before.certificate.vector_error < 1
     following = RitzPairs(torch.exp(-torch.arange(36, 60) / 500.0), rough[36:].float())
     found = refined(held, before, 20, following)
@@ -248,7 +248,7 @@ def test_refinement_that_leads_nowhere_stops() -> None:
     weight = matrix(700, 640, flat(640))
     held = TallMatrix(weight, Workspace())
     rows = torch.linalg.qr(torch.randn(640, 60, dtype=torch.float64))[0].T
-    before = rayleigh_ritz(held, rows[:36].contiguous(), 20, "mixed-lanczos")
+    before = rayleigh_ritz(held, Space(rows[:36].contiguous(), "mixed-lanczos"), 20)
     following = RitzPairs(torch.linspace(0.2, 0.1, 24), rows[36:].float())
     assert not refined(held, before, 20, following).certificate.accepted
 

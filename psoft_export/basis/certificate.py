@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psoft_export.basis.space import EPS
+from psoft_export.basis.space import EPS, Space
 from psoft_export.basis.tall_matrix import TallMatrix
 
 _ACCEPTED = 2.0**-24
@@ -66,14 +66,16 @@ class Found:
     certificate: Certificate
 
 
-def rayleigh_ritz(
-    matrix: TallMatrix, vectors: Tensor, rank: int, method: str, columns: int = 0
-) -> Found:
-    """The triplets of W within the span of orthonormal rows (p × k) on its short side."""
+def rayleigh_ritz(matrix: TallMatrix, space: Space, rank: int) -> Found:
+    """The triplets of W within a space."""
+    vectors, images = space.vectors, space.images
+    if images is None:
+        images = matrix.to_long_side(vectors)
     # So the products of `near` with W are values · far by construction.
-    orthonormal, triangle = torch.linalg.qr(matrix.to_long_side(vectors).T)
+    orthonormal, triangle = torch.linalg.qr(images.T)
     turn, values, far = torch.linalg.svd(triangle.T)
-    return measured(matrix, turn.T @ vectors, values, far @ orthonormal.T, rank, method, columns)
+    near, far = turn.T @ vectors, far @ orthonormal.T
+    return measured(matrix, near, values, far, rank, space.method, space.columns)
 
 
 def measured(

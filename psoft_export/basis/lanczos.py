@@ -67,7 +67,7 @@ def lanczos_spaces(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) 
             if krylov.is_full:
                 return  # float64 would need as many
             krylov = _KrylovSpace(matrix, room, memory)
-        matrix.gram()  # to be used from now on
+        krylov.use_gram()
     yield from _converged(krylov, rank, kept)
 
 
@@ -104,6 +104,8 @@ class _KrylovSpace:
         self.is_exhausted = False
         self._matrix = matrix
         self._basis = memory.take("basis", room, matrix.size, matrix.device)
+        # Products of the vectors with W, while those with the Gram matrix go by way of them.
+        self._images: Tensor | None = memory.take("images", room, matrix.length, matrix.device)
         self._projected = torch.zeros(room, room, dtype=torch.float64)
         self._block = random_rows(_BLOCK, matrix.size, matrix.device)
         self._coupling = torch.zeros(_BLOCK, _BLOCK, dtype=torch.float64)
@@ -115,18 +117,24 @@ class _KrylovSpace:
 
     def round_to_float32(self, memory: Workspace) -> None:
         """Go on in float32, with the Gram matrix."""
-        self.precision, exact = _ROUGH, self._basis
+        self.precision, exact, self._images = _ROUGH, self._basis, None
         dtype = self.precision.dtype
         self._basis = memory.take("basis", self.room, self._matrix.size, exact.device, dtype)
         self._basis[: self.columns] = exact[: self.columns]
         self._block = self._block.to(dtype)
         self._matrix.gram(dtype)
 
+    def use_gram(self) -> None:
+        """Go on by way of the Gram matrix, in float64."""
+        self._matrix.gram()
+        self._images = None
+
     def grow(self) -> None:
         """Take in the next block, and find the one after it."""
         before, self.columns = self.columns, self.columns + _BLOCK
         self._basis[before : self.columns] = self._block
-        image = self._matrix.gram_product(self._block)
+        images = self._images[before : self.columns] if self._images is not None else None
+        image = self._matrix.gram_product(self._block, images)
         # In exact arithmetic only the last two blocks matter; the whole basis takes up rounding.
         self._take_away(image, max(0, before - _BLOCK), self.columns)
         for start in range(0, self.columns, _SWEEP_ROWS):
@@ -155,12 +163,14 @@ class _KrylovSpace:
     def space(self, ritz: _Ritz, rank: int, kept: int) -> Space:
         """The first `kept` Ritz vectors, to be refined by the next `rank` if found in float32."""
         if self.precision is _EXACT:
-            vectors = self._vectors(ritz.turn[:, :kept])
-            return Space(vectors, "block-lanczos", self.columns)
+            turn, images = ritz.turn[:, :kept], self._images
+            if images is not None:
+                images = turn.T.to(images) @ images[: self.columns]
+            return Space(self._vectors(turn), "block-lanczos", self.columns, images)
         vectors = self._vectors(ritz.turn[:, : kept + rank])
         following = RitzPairs(ritz.values[kept : kept + rank].to(vectors), vectors[kept:])
         orthonormal = torch.linalg.qr(vectors[:kept].T.to(torch.float64))[0].T
-        return Space(orthonormal, "mixed-lanczos", self.columns, following)
+        return Space(orthonormal, "mixed-lanczos", self.columns, following=following)
 
     def _vectors(self, turn: Tensor) -> Tensor:
         """What some columns of `_Ritz.turn` stand for, in rows."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psoft_export.basis.certificate import Found, rayleigh_ritz
-from psoft_export.basis.space import TOLERANCE, RitzPairs
+from psoft_export.basis.space import TOLERANCE, RitzPairs, Space
 from psoft_export.basis.tall_matrix import TallMatrix
 
 _MOST_ROUNDS = 4
@@ -38,7 +38,8 @@ def refined(matrix: TallMatrix, found: Found, rank: int, following: RitzPairs) -
         if not torch.isfinite(vectors).all():
             break
         orthonormal = torch.linalg.qr(vectors.T)[0].T
-        found = rayleigh_ritz(matrix, orthonormal, rank, before.method, before.columns)
+        space = Space(orthonormal, before.method, before.columns)
+        found = rayleigh_ritz(matrix, space, rank)
         if not found.certificate.vector_error <= before.vector_error / _LEAST_GAIN:
             break
     return found

@@ -20,7 +20,7 @@ from psoft_export.basis.space import Space
 from psoft_export.basis.svd import Triplets
 from psoft_export.basis.tall_matrix import TallMatrix, Workspace
 
-SOLVER = "leading-triplets/6"  # goes up whenever the bits of a result can change
+SOLVER = "leading-triplets/7"  # goes up whenever the bits of a result can change
 
 _SMALL_SIDE = 512  # up to here an eigensolver of the whole Gram matrix is cheaper
 _LARGE_SHARE = 1 / 8  # r beyond this share of the short side: likewise
@@ -62,7 +62,7 @@ def leading_triplets(weight: Tensor, rank: int, workspace: Workspace | None = No
 def _attempts(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) -> Iterator[Found]:
     """What each method finds, the cheapest first; the last is taken as it comes."""
     for space in _spaces(matrix, rank, kept, memory):
-        found = rayleigh_ritz(matrix, space.vectors, rank, space.method, space.columns)
+        found = rayleigh_ritz(matrix, space, rank)
         if space.following is not None:
             found = refined(matrix, found, rank, space.following)
         yield found

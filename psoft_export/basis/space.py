@@ -26,6 +26,7 @@ class Space:
         vectors: the rows.
         method: what found them.
         columns: dimension of the Krylov space that they come from, 0 where there is none.
+        images: their products with W (p × l, float64), where they are known.
         following: the Ritz pairs after them, float32, where the rows are to be refined: found
             in float32, and right to a few digits. Else None.
     """
@@ -33,6 +34,7 @@ class Space:
     vectors: Tensor
     method: str
     columns: int = 0
+    images: Tensor | None = None
     following: RitzPairs | None = None
 
 

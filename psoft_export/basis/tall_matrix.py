@@ -100,18 +100,21 @@ class TallMatrix:
             near.addmm_(far[:, rows], values)
         return near
 
-    def gram_product(self, near: Tensor) -> Tensor:
+    def gram_product(self, near: Tensor, images: Tensor | None = None) -> Tensor:
         """Vectors in rows (p × k) → their products with the Gram matrix of the short side.
 
         By way of that matrix once it is formed in their dtype (`gram`), which takes less time,
-        else of W, in float64. Faster of vectors that lie in columns, as the transpose of a
-        contiguous matrix.
+        else of W, in float64, and then `images` (p × l) become their products with W. Faster of
+        vectors that lie in columns, as the transpose of a contiguous matrix.
         """
         if near.dtype in self._grams:
             return _products(near, self._grams[near.dtype])
         image = torch.zeros(near.shape, dtype=torch.float64, device=self.device)
-        for _, values in self._tiles():
-            image.addmm_(_products(near, values), values)
+        for rows, values in self._tiles():
+            along = _products(near, values)
+            image.addmm_(along, values)
+            if images is not None:
+                images[:, rows] = along
         return image
 
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
