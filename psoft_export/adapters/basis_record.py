@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from psoft_export.algebra.rounding import all_finite
 from psoft_export.basis.signs import SignMismatchError, SignRecord, restore
 from psoft_export.basis.svd import Basis, BasisOptions, Triplets
 from psoft_export.checkpoint.dtypes import CODES
@@ -213,7 +214,7 @@ class BasisRecord:
 
     def _tensor(self, module: str, suffix: str) -> Tensor:
         tensor = read_tensor(self.entries[f"{module}.{suffix}"], RecordError)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise RecordError(f"{self.path}: '{module}.{suffix}' holds NaN or infinity")
         return tensor
 

@@ -48,7 +48,7 @@ def low_rank_factors(
     """
     rotation = rotation.to(basis_b.device)
     identity = torch.eye(rotation.shape[0], dtype=torch.float64, device=rotation.device)
-    return scaling * (basis_b.double() @ (rotation - identity)), basis_a.double()
+    return basis_b.double() @ (scaling * (rotation - identity)), basis_a.double()
 
 
 def added_product(left: Tensor, right: Tensor) -> MergeRows:

@@ -4,6 +4,8 @@ Written out again on purpose: nothing of `algebra` is used, the rotation is comp
 formulas and the products are taken in another order, so that a mistake there shows here.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -79,7 +81,7 @@ def _coefficients(series: CayleyNeumann) -> list[float]:
 def expected_product(
     a: Tensor, b: Tensor, parameters: RotationParameters, scaling: float
 ) -> Expected:
-    """ΔW = scaling · (B (R A) − B A).
+    """ΔW = B (scaling · (R A) − scaling · A).
 
     Args:
         a: A, r × in. b: B, out × r. Any floating dtype, same device.
@@ -87,14 +89,16 @@ def expected_product(
         scaling: alpha / r.
     """
     down, up = a.to(torch.float64), b.to(torch.float64)
-    turn = reference_rotation(parameters).to(down.device)
-    left = scaling * up
-    right = turn @ down - down
-    terms = turn.abs() @ down.abs() + down.abs()
+    turn = reference_rotation(parameters)
+    # By how much columns of |R| |A| are longer than those of A at most: ‖|R|‖₂, or a little more.
+    sums = turn.abs().sum(0).max() * turn.abs().sum(1).max()
+    growth = math.sqrt(float(sums))
+    right = torch.addmm(down, turn.to(down.device), down, alpha=scaling, beta=-scaling)
+    lengths = torch.linalg.vector_norm(down, dim=0)
     return Expected(
-        delta=DeltaProduct(left, right),
-        reach_left=torch.linalg.vector_norm(left, dim=1),
-        reach_right=torch.linalg.vector_norm(terms, dim=0),
-        terms=left.shape[1],
+        delta=DeltaProduct(up, right),
+        reach_left=torch.linalg.vector_norm(up, dim=1),
+        reach_right=abs(scaling) * (growth + 1) * lengths,
+        terms=up.shape[1],
         condition=rotation_condition(parameters),
     )
