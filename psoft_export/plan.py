@@ -175,6 +175,10 @@ def _svd_bytes(shape: tuple[int, ...]) -> int:
 
 
 def _solver_bytes(shape: tuple[int, ...]) -> int:
-    """Of `basis.solver`, at worst: W again in float32, its Gram matrix and a Krylov space."""
+    """Of `basis.solver`, at worst: W again in float32, a Krylov space, its products with W or G.
+
+    G is the Gram matrix of the short side.
+    """
     rows, columns = shape
-    return 4 * rows * columns + 16 * min(rows, columns) ** 2
+    short = min(rows, columns) ** 2
+    return 4 * rows * columns + max(16 * short, 5 * rows * columns + 10 * short)

@@ -194,6 +194,39 @@ def test_clear_removes_layouts(
     assert entries(cache_folder) == [] and "freed" in capsys.readouterr().out
 
 
+def test_a_planner_that_waits_starts_only_where_no_layout_is_kept(
+    llama: Path, llama_adapter: Path, tmp_path: Path
+) -> None:
+    asked = Planner(at_once=False)
+    made = plan_merge(llama, llama_adapter, planner=asked).layout
+    assert asked._process.exitcode == 0
+    spared = Planner(at_once=False)
+    assert plan_merge(llama, llama_adapter, planner=spared).layout == made
+    assert spared._process.pid is None
+
+
+def test_the_process_of_a_command_waits_where_layouts_are_kept(
+    llama: Path, llama_adapter: Path, cache_folder: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys\n"
+        "from psoft_export.planner import start_planner\n"
+        "if __name__ == '__main__':\n"
+        "    kept, none, unused = (start_planner(folder, cache=cache) for folder, cache in\n"
+        "        ((sys.argv[1], True), (sys.argv[2], True), (sys.argv[1], False)))\n"
+        "    print(*(p._process.pid is not None for p in (kept, none, unused)))\n"
+        "    for planner in (kept, none, unused):\n"
+        "        planner.stop()\n"
+        "    assert 'torch' not in sys.modules\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code, "utf-8")
+    plan_merge(llama, llama_adapter)
+    line = [sys.executable, str(script), str(cache_folder), str(tmp_path / "none")]
+    said = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+    assert said == "False True True\n"
+
+
 def test_a_planner_that_is_not_needed_ends(llama: Path, llama_adapter: Path) -> None:
     plan_merge(llama, llama_adapter)
     planner = Planner()

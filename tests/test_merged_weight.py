@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from psoft_export.algebra import merged_weight
+from psoft_export.algebra.few import entries_reaching
 from psoft_export.algebra.merged_weight import (
     added_product,
     low_rank_factors,
@@ -233,6 +234,16 @@ def test_float32_product_stays_within_its_stated_bound(
     error = (merged.double() - exact).abs()
     assert bool((error <= bound + rounding).all())
     assert bool((error > rounding).any()), "or the bound would say nothing"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_few_entries_that_reach_a_bound(device: str) -> None:
+    values = torch.tensor([[0.5, -3.0, math.nan], [math.inf, 0.49, 7.0]], device=device)
+    assert entries_reaching(values, 0.5).tolist() == [0, 3, 5]
+    sizes = torch.tensor([-(2**31), 4, 5, 2**31 - 1], dtype=torch.int32, device=device)
+    assert entries_reaching(sizes, 5).tolist() == [2, 3]
+    marks = torch.empty(4, dtype=torch.bool, device=device)
+    assert entries_reaching(sizes.view(torch.uint32), 5, marks).tolist() == [0, 2, 3]
 
 
 def test_overflow_is_noticed(factors: tuple[Tensor, Tensor, Tensor]) -> None:

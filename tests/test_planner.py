@@ -48,6 +48,7 @@ def test_the_command_never_loads_transformers(tmp_path: Path) -> None:
         "from psoft_export.cli.main import run\n"
         f"assert run({[*line, '--output', str(tmp_path / 'out')]}) == 0\n"
         "assert 'torch' in sys.modules and 'transformers' not in sys.modules\n"
+        "assert 'huggingface_hub' not in sys.modules, 'for local folders'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     merge(base, adapter, tmp_path / "here")

@@ -14,10 +14,14 @@ from torch import Tensor
 from psoft_export.basis.space import TOLERANCE, RitzPairs, Space, random_rows
 from psoft_export.basis.tall_matrix import TallMatrix, Workspace
 
-_BLOCK = 16
+# Columns of a block: of narrow ones fewer are needed in all, but products by them are slower. With
+# AVX2 alone 12 took 6 to 9 % less than 16; with AVX-512 it was not tried. Products in float32 with
+# the Gram matrix wait for memory, and take as long by 16.
+_EXACT_BLOCK = 12 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
+_ROUGH_BLOCK = 16
 _SHARE = 0.6  # of the short side; a larger space costs more than the whole spectrum
 _COLUMNS = 3  # for each vector kept: the fewest in which the wanted ones may have converged
-_EARLY = 3 * _BLOCK  # columns by which the first vector has settled, but where many are needed
+_EARLY = 3  # blocks by which the first vector has settled, but where many columns are needed
 _SETTLED = 5e-2  # residual of the first vector, relative to its value
 _SWEEP_ROWS = 128  # of the basis: they stay in a processor's caches
 _ROUGH_RANGE = (2.0**-90, 2.0**100)  # of the first value: products with it stay in float32's
@@ -29,6 +33,7 @@ class _Precision:
 
     Attributes:
         dtype: of the vectors and the products.
+        block: columns of a block.
         tolerance: of the vectors wanted, as an angle.
         crowded: values closer than this, relative to the first, may be one.
         resolved: the least distance from the last value wanted to the last one kept, likewise.
@@ -36,14 +41,17 @@ class _Precision:
     """
 
     dtype: torch.dtype
+    block: int
     tolerance: float
     crowded: float
     resolved: float
     first_look: int
 
 
-_EXACT = _Precision(torch.float64, TOLERANCE, crowded=1e-8, resolved=0.0, first_look=0)
-_ROUGH = _Precision(torch.float32, 1e-3, crowded=1e-5, resolved=1e-4, first_look=256)
+_EXACT = _Precision(
+    torch.float64, _EXACT_BLOCK, TOLERANCE, crowded=1e-8, resolved=0.0, first_look=0
+)
+_ROUGH = _Precision(torch.float32, _ROUGH_BLOCK, 1e-3, crowded=1e-5, resolved=1e-4, first_look=256)
 
 
 def lanczos_spaces(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) -> Iterator[Space]:
@@ -52,21 +60,21 @@ def lanczos_spaces(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) 
     Of a flat spectrum first one found in float32, to be refined. Else, or if the next is asked
     for, one whose first `rank` vectors are within `TOLERANCE` by their residuals.
     """
-    room = int(_SHARE * matrix.size) // _BLOCK * _BLOCK
+    room = int(_SHARE * matrix.size)
     if _COLUMNS * kept > room:
         return
-    krylov = _KrylovSpace(matrix, room, memory)
-    while krylov.columns < _EARLY and not krylov.is_exhausted:
+    krylov = _KrylovSpace(matrix, room, memory, _EXACT)
+    while krylov.columns < _EARLY * _EXACT.block and not krylov.is_exhausted:
         krylov.grow()
     first = krylov.ritz(1)
     largest = float(first.values[0])
     if float(first.residuals[0]) > _SETTLED * largest:
         if _ROUGH_RANGE[0] < largest < _ROUGH_RANGE[1]:
-            krylov.round_to_float32(memory)
-            yield from _converged(krylov, rank, kept)
-            if krylov.is_full:
+            rough = _KrylovSpace(matrix, room, memory, _ROUGH)
+            rough.use_gram()
+            yield from _converged(rough, rank, kept)
+            if rough.is_full:
                 return  # float64 would need as many
-            krylov = _KrylovSpace(matrix, room, memory)
         krylov.use_gram()
     yield from _converged(krylov, rank, kept)
 
@@ -92,51 +100,46 @@ class _KrylovSpace:
     Attributes:
         columns: how many vectors there are.
         room: how many there may be.
-        precision: float64's, or float32's from some block on.
+        precision: float64's or float32's.
         is_exhausted: whether the Gram matrix leads nowhere outside of them.
     """
 
-    def __init__(self, matrix: TallMatrix, room: int, memory: Workspace) -> None:
+    def __init__(
+        self, matrix: TallMatrix, room: int, memory: Workspace, precision: _Precision
+    ) -> None:
         """Take memory for `room` vectors; there are none yet."""
+        dtype, block, device = precision.dtype, precision.block, matrix.device
         self.columns = 0
         self.room = room
-        self.precision = _EXACT
+        self.precision = precision
         self.is_exhausted = False
         self._matrix = matrix
-        self._basis = memory.take("basis", room, matrix.size, matrix.device)
+        self._basis = memory.take("basis", room, matrix.size, device, dtype)
         # Products of the vectors with W, while those with the Gram matrix go by way of them.
-        self._images: Tensor | None = memory.take("images", room, matrix.length, matrix.device)
+        self._images: Tensor | None = memory.take("images", room, matrix.length, device)
         self._projected = torch.zeros(room, room, dtype=torch.float64)
-        self._block = random_rows(_BLOCK, matrix.size, matrix.device)
-        self._coupling = torch.zeros(_BLOCK, _BLOCK, dtype=torch.float64)
+        self._block = random_rows(block, matrix.size, device).to(dtype)
+        self._coupling = torch.zeros(block, block, dtype=torch.float64)
 
     @property
     def is_full(self) -> bool:
         """Whether there is no room for another block."""
-        return self.columns + _BLOCK > self.room
-
-    def round_to_float32(self, memory: Workspace) -> None:
-        """Go on in float32, with the Gram matrix."""
-        self.precision, exact, self._images = _ROUGH, self._basis, None
-        dtype = self.precision.dtype
-        self._basis = memory.take("basis", self.room, self._matrix.size, exact.device, dtype)
-        self._basis[: self.columns] = exact[: self.columns]
-        self._block = self._block.to(dtype)
-        self._matrix.gram(dtype)
+        return self.columns + self.precision.block > self.room
 
     def use_gram(self) -> None:
-        """Go on by way of the Gram matrix, in float64."""
-        self._matrix.gram()
+        """Go on with the Gram matrix, formed in this precision."""
+        self._matrix.gram(self.precision.dtype)
         self._images = None
 
     def grow(self) -> None:
         """Take in the next block, and find the one after it."""
-        before, self.columns = self.columns, self.columns + _BLOCK
+        block = self.precision.block
+        before, self.columns = self.columns, self.columns + block
         self._basis[before : self.columns] = self._block
         images = self._images[before : self.columns] if self._images is not None else None
         image = self._matrix.gram_product(self._block, images)
         # In exact arithmetic only the last two blocks matter; the whole basis takes up rounding.
-        self._take_away(image, max(0, before - _BLOCK), self.columns)
+        self._take_away(image, max(0, before - block), self.columns)
         for start in range(0, self.columns, _SWEEP_ROWS):
             self._take_away(image, start, min(self.columns, start + _SWEEP_ROWS))
         orthonormal, triangle = torch.linalg.qr(image.T)
@@ -150,14 +153,15 @@ class _KrylovSpace:
         known = self._basis[start:end]
         along = known @ image.T
         image.addmm_(along.T, known, alpha=-1)
-        self._projected[self.columns - _BLOCK : self.columns, start:end] += along.T.cpu()
+        newest = slice(self.columns - self.precision.block, self.columns)
+        self._projected[newest, start:end] += along.T.cpu()
 
     def ritz(self, count: int) -> _Ritz:
         """The eigenproblem within the space, with the residuals of the first `count`."""
         lower = self._projected[: self.columns, : self.columns].tril()
         values, turn = torch.linalg.eigh((lower + lower.tril(-1).T).to(self.precision.dtype))
         values, turn = values.flip(0).double(), turn.flip(1).double()
-        outwards = self._coupling @ turn[self.columns - _BLOCK :, :count]
+        outwards = self._coupling @ turn[self.columns - self.precision.block :, :count]
         return _Ritz(values, turn, torch.linalg.vector_norm(outwards, dim=0))
 
     def space(self, ritz: _Ritz, rank: int, kept: int) -> Space:
@@ -184,7 +188,7 @@ def _converged(krylov: _KrylovSpace, rank: int, kept: int) -> Iterator[Space]:
     there may be more of those found, or float32 cannot tell them from those behind.
     """
     precision = krylov.precision
-    schedule = _Schedule(precision.first_look + _COLUMNS * kept, precision.tolerance)
+    schedule = _Schedule(precision.first_look + _COLUMNS * kept, precision)
     while True:
         while krylov.columns < schedule.next and not (krylov.is_full or krylov.is_exhausted):
             krylov.grow()
@@ -210,27 +214,36 @@ def _crowded(values: Tensor, precision: _Precision) -> bool:
     A Krylov space holds at most as many vectors of one eigenvalue as its blocks are wide. Of
     eigenvalues closer than what a residual within the tolerance resolves, no more may show up.
     """
-    first = values[: -_BLOCK + 1]
+    first = values[: -precision.block + 1]
     resolved = 16 * precision.tolerance * (first - values[-1]) + precision.crowded * values[0]
-    return bool((first - values[_BLOCK - 1 :] <= resolved).any())
+    return bool((first - values[precision.block - 1 :] <= resolved).any())
 
 
 class _Schedule:
     """When to look at the Ritz values next: an eigenproblem costs as much as several steps."""
 
-    def __init__(self, first: int, tolerance: float) -> None:
-        """Look at `first` columns for the first time, and until the error is within the other."""
+    def __init__(self, first: int, precision: _Precision) -> None:
+        """Look at `first` columns for the first time, and until the error is within tolerance."""
         self.next = first
-        self._tolerance = tolerance
+        self._precision = precision
         self._last: tuple[int, float] | None = None
 
     def update(self, columns: int, error: float) -> None:
-        """Place the next look where the error, falling on as since the last, is small enough."""
+        """Place the next look where the error, falling on as before, is small enough.
+
+        Of the fall from the start on only half is reckoned with: the longer, the faster it gets.
+        """
         step = columns // 4
-        if self._last is not None:
+        if self._last is None and 0 < error < 1:
+            step = min(step, int(0.5 * self._left(error) * columns / -math.log(error)))
+        elif self._last is not None:
             before, previous = self._last
             if 0 < error < 0.3 * previous:
                 rate = math.log(previous / error) / (columns - before)
-                step = min(int(0.75 * math.log(error / self._tolerance) / rate), columns // 3)
+                step = min(int(0.75 * self._left(error) / rate), columns // 3)
         self._last = (columns, error)
-        self.next = columns + max(_BLOCK, step)
+        self.next = columns + max(self._precision.block, step)
+
+    def _left(self, error: float) -> float:
+        """The logarithm of what the error is still too large by."""
+        return math.log(error / self._precision.tolerance)
