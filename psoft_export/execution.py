@@ -74,8 +74,8 @@ class _Merged:
 class Run:
     """One execution of a plan.
 
-    Each merged weight is compared with the second evaluation of `verification` as soon as it is
-    made, and each file, once written, with what was to be written.
+    Each merged weight is held against the second evaluation as it is made (`verification`), and
+    each file, once written, compared with what was to be written.
 
     Attributes:
         modules: what was done to each target, in the order of the output.

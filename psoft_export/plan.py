@@ -177,7 +177,8 @@ def _svd_bytes(shape: tuple[int, ...]) -> int:
 def _solver_bytes(shape: tuple[int, ...]) -> int:
     """Of `basis.solver`, at worst: W again in float32, a Krylov space, its products with W or G.
 
-    G is the Gram matrix of the short side.
+    G is the Gram matrix of the short side. (A flat spectrum that float32 does not resolve takes
+    up to twice as much: docs/solver.md.)
     """
     rows, columns = shape
     short = min(rows, columns) ** 2

@@ -92,14 +92,14 @@ def start_planner(cache_dir: str | Path | None = None, *, cache: bool = True) ->
 
     Args:
         cache_dir: the folder of the cache; default: the user's.
-        cache: whether layouts are taken from the cache at all.
-
-    Raises:
-        UsageError: the cache's folder is a file, or cannot be found.
+        cache: whether layouts are taken from the cache at all. Both as they are given to what
+            uses the planner.
     """
     if "transformers" in sys.modules:
         return None
-    kept = cache and any(layouts_folder(cache_folder(cache_dir)).glob("*.json"))
+    kept = False
+    with suppress(OSError, UsageError):  # what is wrong with the cache is said where it is used
+        kept = cache and any(layouts_folder(cache_folder(cache_dir)).glob("*.json"))
     return Planner(at_once=not kept)
 
 

@@ -227,6 +227,23 @@ def test_the_process_of_a_command_waits_where_layouts_are_kept(
     assert said == "False True True\n"
 
 
+def test_a_cache_that_cannot_be_looked_at_does_not_stop_a_planner(tmp_path: Path) -> None:
+    a_file = tmp_path / "file"
+    a_file.touch()
+    code = (
+        "import sys\n"
+        "from psoft_export.planner import start_planner\n"
+        "if __name__ == '__main__':\n"
+        "    planner = start_planner(sys.argv[1])\n"
+        "    assert planner._process.pid is not None\n"
+        "    planner.stop()\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code, "utf-8")
+    for folder in ("x" * 300, str(a_file), "~nobody-of-that-name/cache"):
+        subprocess.run([sys.executable, str(script), folder], check=True)
+
+
 def test_a_planner_that_is_not_needed_ends(llama: Path, llama_adapter: Path) -> None:
     plan_merge(llama, llama_adapter)
     planner = Planner()

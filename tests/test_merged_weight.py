@@ -246,6 +246,22 @@ def test_the_few_entries_that_reach_a_bound(device: str) -> None:
     assert entries_reaching(sizes.view(torch.uint32), 5, marks).tolist() == [0, 2, 3]
 
 
+def test_weights_of_few_rows_or_none() -> None:
+    for rows, columns in ((0, 5), (1, 3000), (2, 1)):
+        weight, left = torch.randn(rows, columns), torch.randn(rows, 1).double()
+        right = torch.randn(1, columns).double()
+        merged, deviation = merge(weight, left, right, torch.bfloat16)
+        assert torch.equal(merged, round_to_nearest(weight.double() + left @ right, merged.dtype))
+        assert deviation.finite and deviation.not_nearest == 0
+
+
+def test_the_squares_of_a_product_that_cancels_are_not_negative() -> None:
+    for _ in range(30):
+        u, x = torch.linalg.qr(torch.randn(8, 2, dtype=torch.float64))[0].T
+        delta = DeltaProduct(x[None], torch.outer(u, torch.randn(50, dtype=torch.float64)))
+        assert 0 <= delta.squares(slice(0, 1)) < 1e-12
+
+
 def test_overflow_is_noticed(factors: tuple[Tensor, Tensor, Tensor]) -> None:
     weight, left, right = factors
     _, deviation = merge(weight * 1e6, left, right, torch.float16)

@@ -107,7 +107,7 @@ class TallMatrix:
         else of W, in float64, and then `images` (p × l) become their products with W. Faster of
         vectors that lie in columns, as the transpose of a contiguous matrix.
         """
-        if near.dtype in self._grams:
+        if images is None and near.dtype in self._grams:
             return _products(near, self._grams[near.dtype])
         image = torch.zeros(near.shape, dtype=torch.float64, device=self.device)
         for rows, values in self._tiles():

@@ -60,7 +60,7 @@ class DeltaProduct(Delta):
     def squares(self, rows: slice) -> float:
         """The sum of the squares of ΔW's entries in some rows."""
         left = self._left[rows]
-        return float(torch.sum((left @ self._gram) * left))
+        return max(0.0, float(torch.sum((left @ self._gram) * left)))  # below 0 by rounding
 
     @cached_property
     def _gram(self) -> Tensor:

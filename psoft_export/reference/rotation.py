@@ -81,7 +81,7 @@ def _coefficients(series: CayleyNeumann) -> list[float]:
 def expected_product(
     a: Tensor, b: Tensor, parameters: RotationParameters, scaling: float
 ) -> Expected:
-    """ΔW = B (scaling · (R A) − scaling · A).
+    """ΔW = B (scaling · (R A − A)).
 
     Args:
         a: A, r × in. b: B, out × r. Any floating dtype, same device.
@@ -93,7 +93,7 @@ def expected_product(
     # By how much columns of |R| |A| are longer than those of A at most: ‖|R|‖₂, or a little more.
     sums = turn.abs().sum(0).max() * turn.abs().sum(1).max()
     growth = math.sqrt(float(sums))
-    right = torch.addmm(down, turn.to(down.device), down, alpha=scaling, beta=-scaling)
+    right = scaling * (turn.to(down.device) @ down - down)
     lengths = torch.linalg.vector_norm(down, dim=0)
     return Expected(
         delta=DeltaProduct(up, right),

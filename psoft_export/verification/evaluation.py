@@ -27,10 +27,10 @@ _EXPONENTS = {
 }
 _LEAST_SQUARES = 1e-28  # a smaller sum in float32 may lack squares that are next to nothing
 # A weight of this many rows has one probe (products by two or more take ten times as long); of a
-# smaller one, rows times probes come to `_PROBED`.
+# smaller one, rows times probes come to `_PROBED`, or there are `_MOST_PROBES`.
 _ONE_PROBE = 1024
 _PROBED = 4096
-_AGREE = DOUBLE  # of norms, times that of the probes; rounding came to a fifth of it at most
+_MOST_PROBES = 64
 
 
 class Deviation:
@@ -93,7 +93,7 @@ class Deviation:
 
     @property
     def applied(self) -> float | None:
-        """⟨(given − W) V, ΔW V⟩ / ‖ΔW V‖² of random vectors V; None where ΔW is zero."""
+        """⟨(given − W) V, ΔW V⟩ / ‖ΔW V‖² of random vectors V; None where ΔW V is zero."""
         return self._along / self._moved if self._moved else None
 
     @property
@@ -119,10 +119,10 @@ class Deviation:
             merge: what makes rows of the merged weight.
         """
         suspects, tiles = _Suspects(), _Tiles(weight, given.dtype)
-        probed = self._probed(tiles, len(given)) if merge is not None else None
+        probes = self._probes(tiles, len(given)) if merge is not None else None
         for start in range(0, len(given), tiles.rows):
             written = given[start : start + tiles.rows]
-            total = self._sum(weight, written, start, tiles, merge, probed)
+            total = self._sum(weight, written, start, tiles, merge, probes)
             exact = total.values
             at = tiles.narrowed(exact)
             self._exact += _squares(at)
@@ -131,9 +131,9 @@ class Deviation:
             numbers = tiles.take("given", written)
             if total.images is not None:
                 before, after = total.images
-                moved, probes = after - before, before.shape[1]
-                self._along += _dot(tiles.image(numbers) - before, moved) / probes
-                self._moved += _dot(moved, moved) / probes
+                moved, count = after - before, before.shape[1]
+                self._along += _dot(tiles.image(numbers) - before, moved) / count
+                self._moved += _dot(moved, moved) / count
             found, error, largest = tiles.compare(numbers, at)
             squares = _squares(error)
             if not math.isfinite(squares):
@@ -151,14 +151,13 @@ class Deviation:
             self._judge(weight, given, suspects)
         self._rows += len(given)
 
-    def _probed(self, tiles: "_Tiles", count: int) -> "_Probed | None":
+    def _probes(self, tiles: "_Tiles", count: int) -> "_Probes | None":
         """What the probes say of the next rows of ΔW; None where it is no product."""
         of = self._expected
         if of is None or not isinstance(of.delta, DeltaProduct):
             return None
-        reach = _norm(of.reach_left[self._rows : self._rows + count]) * _norm(of.reach_right)
-        image = of.delta.image(tiles.probes, of.rows(self._rows, count))
-        return _Probed(of.delta, image, of.condition * reach, _norm(tiles.probes))
+        left = of.reach_left[self._rows : self._rows + count]
+        return _Probes(of, tiles.probes, of.delta, of.rows(self._rows, count), left)
 
     def _sum(
         self,
@@ -167,7 +166,7 @@ class Deviation:
         start: int,
         tiles: "_Tiles",
         merge: MergeRows | None,
-        probed: "_Probed | None",
+        probes: "_Probes | None",
     ) -> "_Sum":
         """W + ΔW of the tile from row `start` on.
 
@@ -183,12 +182,12 @@ class Deviation:
         before = tiles.image(exact)
         if merge is not None:
             made = merge(exact, which)
-            if probed is not None:
+            if probes is not None:
                 after = tiles.image(made)
-                off = after - before - probed.image[start : start + len(rows)]
-                norms = 2 * math.sqrt(squares) + probed.reach
-                if _norm(off) <= _AGREE * norms * probed.norm:
-                    self._delta += probed.delta.squares(which)
+                delta_squares = probes.delta.squares(which)
+                here = slice(start, start + len(rows))
+                if probes.agree(after - before, here, squares, delta_squares):
+                    self._delta += delta_squares
                     return _Sum(made, (before, after), is_merged=True)
             written.copy_(round_to_nearest(made, written.dtype))
             exact = tiles.take("exact", rows)
@@ -256,22 +255,46 @@ class _Sum:
     is_merged: bool = False
 
 
-@dataclass(frozen=True)
-class _Probed:
-    """What is known of some rows of a ΔW that is a product.
+class _Probes:
+    """What random vectors V say of some rows of a ΔW that is a product.
 
     Attributes:
         delta: ΔW.
-        image: these rows of ΔW V, V being the probes.
-        reach: a bound of the norm of the sums of |terms| of which these rows are made, times how
-            much the evaluation magnifies rounding.
-        norm: ‖V‖.
     """
 
-    delta: DeltaProduct
-    image: Tensor
-    reach: float
-    norm: float
+    def __init__(
+        self, of: Expected, vectors: Tensor, delta: DeltaProduct, rows: slice, reach: Tensor
+    ) -> None:
+        """Find the image of V.
+
+        Args:
+            of: what `delta` is of.
+            vectors: V, in × k, float64.
+            delta: ΔW.
+            rows: which of its rows.
+            reach: `of.reach_left` of these.
+        """
+        self.delta = delta
+        self._image = delta.image(vectors, rows)
+        self._norm = _norm(vectors)
+        self._reach = reach
+        self._doubt = math.sqrt(of.terms) * of.condition * _norm(of.reach_right)
+
+    def agree(self, moved: Tensor, rows: slice, squares: float, delta_squares: float) -> bool:
+        """Whether some rows of a sum W + D move V as ΔW does, as far as rounding lets it be told.
+
+        That of the products with V grows with what is multiplied, that of D and of ΔW with what
+        their entries are summed up from. Together it came to a fifth of what is allowed, at most.
+
+        Args:
+            moved: these rows of (W + D) V − W V.
+            rows: which they are, counted from the first.
+            squares: the sum of the squares of W there, and
+            delta_squares: of ΔW.
+        """
+        products = (2 * math.sqrt(squares) + math.sqrt(delta_squares)) * self._norm
+        sums = self._doubt * _norm(self._reach[rows])
+        return _norm(moved - self._image[rows]) <= DOUBLE * (products + sums)
 
 
 class _Tiles:
@@ -289,7 +312,7 @@ class _Tiles:
         self._dtype = dtype
         # What is narrow is compared in float32, and what is then beside ties again in float64.
         self._work = torch.float32 if dtype.itemsize < 4 else torch.float64
-        self.rows = min(len(weight), _tile_rows(weight))
+        self.rows = max(1, min(len(weight), _tile_rows(weight)))
         like = weight.new_empty(self.rows, weight.shape[1], dtype=torch.float64)
         self._memory = {
             "exact": like,
@@ -298,7 +321,9 @@ class _Tiles:
             "steps": torch.empty_like(like, dtype=torch.int32),
             "marks": torch.empty_like(like, dtype=torch.bool),
         }
-        count = 1 if len(weight) >= _ONE_PROBE else _PROBED // max(1, len(weight))
+        count = min(_MOST_PROBES, _PROBED // max(1, len(weight)))
+        if len(weight) >= _ONE_PROBE:
+            count = 1
         drawn = torch.Generator().manual_seed(weight.shape[1])
         shape = (weight.shape[1], count)
         self.probes = torch.randn(shape, generator=drawn, dtype=torch.float64).to(weight.device)

@@ -20,9 +20,9 @@ class WeightFigures:
             the float64 evaluation itself cannot tell apart counts as nearest).
         relative_error: ‖merged − (W + ΔW)‖ / ‖W + ΔW‖, Frobenius.
         relative_delta: ‖ΔW‖ / ‖W‖, Frobenius.
-        applied: how many times ΔW is in the merged weight, ⟨merged − W, ΔW⟩ / ‖ΔW‖²: 1 to
-            rounding; 0 where the adapter was forgotten, 2 where it was applied twice. None where
-            ΔW is zero.
+        applied: how many times ΔW is in the merged weight, ⟨(merged − W) V, ΔW V⟩ / ‖ΔW V‖² of
+            random vectors V: 1 to rounding; 0 where the adapter was forgotten, 2 where it was
+            applied twice. None where ΔW is zero, or below the rounding of W V.
     """
 
     module: str
