@@ -76,7 +76,9 @@ class OurMerge:
                 deviation = measure(weight[rows], merged[rows], of, merge=merge)
                 assert not deviation.not_nearest, "psoft-export's own check"
 
-        list(self._pool.map(work, row_parts(weight, self._threads)))
+        # Without a check tile by tile, as a check itself goes through its part.
+        count = self._threads if with_check else len(weight)
+        list(self._pool.map(work, row_parts(weight, count)))
         torch.set_num_threads(self._threads)
         return merged
 

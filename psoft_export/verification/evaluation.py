@@ -156,8 +156,7 @@ class Deviation:
         of = self._expected
         if of is None or not isinstance(of.delta, DeltaProduct):
             return None
-        left = of.reach_left[self._rows : self._rows + count]
-        return _Probes(of, tiles.probes, of.delta, of.rows(self._rows, count), left)
+        return _Probes(of, of.delta, tiles.probes, self._rows, count)
 
     def _sum(
         self,
@@ -263,21 +262,21 @@ class _Probes:
     """
 
     def __init__(
-        self, of: Expected, vectors: Tensor, delta: DeltaProduct, rows: slice, reach: Tensor
+        self, of: Expected, delta: DeltaProduct, vectors: Tensor, first: int, count: int
     ) -> None:
         """Find the image of V.
 
         Args:
-            of: what `delta` is of.
+            of: what is known of ΔW.
+            delta: ΔW, of `of`.
             vectors: V, in × k, float64.
-            delta: ΔW.
-            rows: which of its rows.
-            reach: `of.reach_left` of these.
+            first: the first of the rows, of those that `of` means.
+            count: how many rows.
         """
         self.delta = delta
-        self._image = delta.image(vectors, rows)
+        self._image = delta.image(vectors, of.rows(first, count))
         self._norm = _norm(vectors)
-        self._reach = reach
+        self._reach = of.reach_left[first : first + count]
         self._doubt = math.sqrt(of.terms) * of.condition * _norm(of.reach_right)
 
     def agree(self, moved: Tensor, rows: slice, squares: float, delta_squares: float) -> bool:
