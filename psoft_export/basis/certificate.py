@@ -53,7 +53,8 @@ class Found:
         near: those on the short side of W, p × k.
         values: singular values, p, descending.
         far: those on the long side, p × l.
-        residuals: products of `far` with W less values · near, p × k.
+        residuals: products of `far` with W less values · near, of the first r, and then of the
+            last (others are not asked for).
         errors: of the first r, as `Certificate.vector_error`; on the CPU.
         certificate: what is known of the first r.
     """
@@ -88,7 +89,8 @@ def measured(
     columns: int = 0,
 ) -> Found:
     """Triplets with their certificate, for whose `near` W gives values · far."""
-    residuals = matrix.to_short_side(far) - values[:, None] * near
+    which = [*range(min(rank, len(values) - 1)), len(values) - 1]
+    residuals = matrix.to_short_side(far[which]) - values[which, None] * near[which]
     distances, sigma = torch.linalg.vector_norm(residuals, dim=1).cpu(), values.cpu()
     whole = len(sigma) == matrix.size
     outside = 0.0 if whole else float(sigma[-1] + distances[-1])

@@ -51,7 +51,7 @@ class _Precision:
 _EXACT = _Precision(
     torch.float64, _EXACT_BLOCK, TOLERANCE, crowded=1e-8, resolved=0.0, first_look=0
 )
-_ROUGH = _Precision(torch.float32, _ROUGH_BLOCK, 3e-3, crowded=1e-5, resolved=1e-4, first_look=256)
+_ROUGH = _Precision(torch.float32, _ROUGH_BLOCK, 1e-3, crowded=1e-5, resolved=1e-4, first_look=256)
 
 
 def lanczos_spaces(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) -> Iterator[Space]:
@@ -117,7 +117,7 @@ class _KrylovSpace:
         self._basis = memory.take("basis", room, matrix.size, device, dtype)
         # Products of the vectors with W, while those with the Gram matrix go by way of them.
         self._images: Tensor | None = memory.take("images", room, matrix.length, device)
-        self._projected = torch.zeros(room, room, dtype=torch.float64)
+        self._projected = torch.empty(room, room, dtype=torch.float64)  # up to `columns`
         self._block = random_rows(block, matrix.size, device).to(dtype)
         self._coupling = torch.zeros(block, block, dtype=torch.float64)
 
@@ -135,6 +135,7 @@ class _KrylovSpace:
         """Take in the next block, and find the one after it."""
         block = self.precision.block
         before, self.columns = self.columns, self.columns + block
+        self._projected[before : self.columns, : self.columns] = 0
         self._basis[before : self.columns] = self._block
         images = self._images[before : self.columns] if self._images is not None else None
         image = self._matrix.gram_product(self._block, images)

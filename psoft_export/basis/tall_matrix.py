@@ -164,13 +164,14 @@ def _products(vectors: Tensor, rows: Tensor) -> Tensor:
 
 def _products_by_panels(vectors: Tensor, rows: Tensor) -> Tensor:
     """What `_products` returns, in one batch of products by `_PANEL_ROWS` rows each."""
-    count = len(rows) // _PANEL_ROWS
-    panels = slice(0, count * _PANEL_ROWS)
-    image = rows.new_empty(len(rows), len(vectors))
+    (length, size), (count, _) = rows.shape, vectors.shape
+    panels = length // _PANEL_ROWS
+    whole = panels * _PANEL_ROWS
+    image = rows.new_empty(length, count)
     torch.bmm(
-        rows[panels].unflatten(0, (count, _PANEL_ROWS)),
-        vectors.T.expand(count, -1, -1),
-        out=image[panels].unflatten(0, (count, _PANEL_ROWS)),
+        rows[:whole].view(panels, _PANEL_ROWS, size),
+        vectors.T.expand(panels, size, count),
+        out=image[:whole].view(panels, _PANEL_ROWS, count),
     )
-    torch.mm(rows[panels.stop :], vectors.T, out=image[panels.stop :])
+    torch.mm(rows[whole:], vectors.T, out=image[whole:])
     return image.T

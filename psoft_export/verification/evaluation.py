@@ -350,8 +350,9 @@ class _Tiles:
         Returns:
             The flat indices of entries that are half a unit in the last place from `at`, or
             farther, or nearly so; the error of all others (0 at those), and the largest of these
-            errors in units of the last place. An error that is not finite says that an entry is
-            not either, and that nothing else here is known.
+            errors in units of the last place, or 0 where there are entries found, which are
+            farther. An error that is not finite says that an entry is not either, and that
+            nothing else here is known.
         """
         if self._dtype == torch.bfloat16:
             # Its numbers are float32 numbers whose last 16 bits are zeros, so that as integers
@@ -361,7 +362,7 @@ class _Tiles:
             torch.sub(given.view(torch.int32), at.view(torch.int32), out=steps).abs_()
             sizes = steps.view(torch.uint32)  # the least integer is its own absolute value
             found = entries_reaching(sizes, 2**15 - 2, self._memory["marks"][: len(given)])
-            largest = int(steps.view(-1).index_fill_(0, found, 0).max()) / 2**16
+            largest = 0.0 if len(found) else int(steps.max()) / 2**16
             error = given.sub_(at)
         else:
             bound = 0.5
@@ -370,7 +371,7 @@ class _Tiles:
             error = given.sub_(at)
             ulps = error.abs().div_(unit_in_last_place(at, self._dtype))
             found = entries_reaching(ulps, bound, self._memory["marks"][: len(given)])
-            largest = float(ulps.view(-1).index_fill_(0, found, 0).max())
+            largest = 0.0 if len(found) else float(ulps.max())
         flat = error.view(-1)
         flat.index_copy_(0, found, flat.index_select(0, found).mul_(0))  # NaN of what is not finite
         return found, error, largest
