@@ -171,9 +171,10 @@ def save_base(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
     model.save_pretrained(folder)
 
 
-def save_first_layer(base: Path, folder: Path) -> Path:
-    """Write a Llama of one layer of a base's, which is traced in half the time of two."""
-    model = LlamaForCausalLM.from_pretrained(base, num_hidden_layers=1, dtype=torch.float32)
+def save_first_layer(family: str, base: Path, folder: Path) -> Path:
+    """Write a model of one layer of a base's, which is traced in half the time of two."""
+    one = {"num_layers": 1, "num_decoder_layers": 1} if family == "t5" else {"num_hidden_layers": 1}
+    model = FAMILIES[family].base_class.from_pretrained(base, dtype=torch.float32, **one)
     model.save_pretrained(folder)
     return folder
 

@@ -36,7 +36,7 @@ IDS = torch.tensor([list(b"The answer to"), list(b"12 + 30 = 42;")])
 @pytest.fixture(scope="module")
 def llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One layer of the small Llama."""
-    return models.save_first_layer(llama, tmp_path_factory.mktemp("one-layer"))
+    return models.save_first_layer("llama", llama, tmp_path_factory.mktemp("one-layer"))
 
 
 @pytest.fixture(scope="module")
