@@ -212,7 +212,7 @@ def flat_above_little(count: int) -> Tensor:
 def test_what_float32_cannot_find_is_found_in_float64(
     values: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanczos, "_SETTLED", 0.0)  # every spectrum is tried in float32
+    monkeypatch.setattr(lanczos, "_FLAT", math.inf)  # every spectrum is tried in float32
     weight = matrix(1100, 1500, values(1100))
     solution = leading_triplets(weight, 40)
     assert solution.certificate.method != "mixed-lanczos"

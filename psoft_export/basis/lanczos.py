@@ -21,8 +21,9 @@ _EXACT_BLOCK = 12 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
 _ROUGH_BLOCK = 16
 _SHARE = 0.6  # of the short side; a larger space costs more than the whole spectrum
 _COLUMNS = 3  # for each vector kept: the fewest in which the wanted ones may have converged
-_EARLY = 3  # blocks by which the first vector has settled, but where many columns are needed
-_SETTLED = 5e-2  # residual of the first vector, relative to its value
+# Of a vector of the first block, relative to its value, the residual is about the standard deviation
+# of the Gram matrix's eigenvalues over their mean: where they differ by less, many are needed.
+_FLAT = 2.7
 _SWEEP_ROWS = 128  # of the basis: they stay in a processor's caches
 _ROUGH_RANGE = (2.0**-90, 2.0**100)  # of the first value: products with it stay in float32's
 
@@ -64,11 +65,10 @@ def lanczos_spaces(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) 
     if _COLUMNS * kept > room:
         return
     krylov = _KrylovSpace(matrix, room, memory, _EXACT)
-    while krylov.columns < _EARLY * _EXACT.block and not krylov.is_exhausted:
-        krylov.grow()
+    krylov.grow()
     first = krylov.ritz(1)
     largest = float(first.values[0])
-    if float(first.residuals[0]) > _SETTLED * largest:
+    if float(first.residuals[0]) < _FLAT * largest:
         if _ROUGH_RANGE[0] < largest < _ROUGH_RANGE[1]:
             rough = _KrylovSpace(matrix, room, memory, _ROUGH)
             rough.use_gram()
