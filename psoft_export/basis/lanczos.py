@@ -21,8 +21,8 @@ _EXACT_BLOCK = 12 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
 _ROUGH_BLOCK = 16
 _SHARE = 0.6  # of the short side; a larger space costs more than the whole spectrum
 _COLUMNS = 3  # for each vector kept: the fewest in which the wanted ones may have converged
-# Of a vector of the first block, relative to its value, the residual is about the standard deviation
-# of the Gram matrix's eigenvalues over their mean: where they differ by less, many are needed.
+# Of the leading vector of the first block, the residual over the value is about the standard
+# deviation of the Gram matrix's eigenvalues over their mean: below this, many vectors are needed.
 _FLAT = 2.7
 _SWEEP_ROWS = 128  # of the basis: they stay in a processor's caches
 _ROUGH_RANGE = (2.0**-90, 2.0**100)  # of the first value: products with it stay in float32's
