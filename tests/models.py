@@ -173,7 +173,11 @@ def save_base(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
 
 def save_first_layer(family: str, base: Path, folder: Path) -> Path:
     """Write a model of one layer of a base's, which is traced in half the time of two."""
-    one = {"num_layers": 1, "num_decoder_layers": 1} if family == "t5" else {"num_hidden_layers": 1}
+    one: dict[str, Any] = {"num_hidden_layers": 1}
+    if family == "t5":
+        one = {"num_layers": 1, "num_decoder_layers": 1}
+    elif family == "qwen3":
+        one["layer_types"] = ["full_attention"]
     model = FAMILIES[family].base_class.from_pretrained(base, dtype=torch.float32, **one)
     model.save_pretrained(folder)
     return folder
