@@ -25,7 +25,7 @@ _COLUMNS = 3  # for each vector kept: the fewest in which the wanted ones may ha
 # deviation of the Gram matrix's eigenvalues over their mean: below this, many vectors are needed.
 _FLAT = 2.7
 _SWEEP_ROWS = 128  # of the basis: they stay in a processor's caches
-_ROUGH_RANGE = (2.0**-90, 2.0**100)  # of the first value: products with it stay in float32's
+_ROUGH_RANGE = (2.0**-90, 2.0**100)  # of the first block's value: far inside float32's own
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ _WIDE_RESULTS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 class Workspace:
     """The large arrays of a solve, kept for the next one; for one thread at a time.
 
-    Fresh memory of that size comes from the operating system page by page, a tenth of a solve.
+    Fresh memory of that size comes from the operating system page by page: up to a tenth of a
+    solve.
     """
 
     def __init__(self) -> None:
