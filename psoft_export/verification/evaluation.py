@@ -350,9 +350,9 @@ class _Tiles:
         Returns:
             The flat indices of entries that are half a unit in the last place from `at`, or
             farther, or nearly so; the error of all others (0 at those), and the largest of these
-            errors in units of the last place, or 0 where there are entries found, which are
-            farther. An error that is not finite says that an entry is not either, and that
-            nothing else here is known.
+            errors in units of the last place (in bfloat16 0 where there are entries found, since
+            those are farther). An error that is not finite says that an entry is not either, and
+            that nothing else here is known.
         """
         if self._dtype == torch.bfloat16:
             # Its numbers are float32 numbers whose last 16 bits are zeros, so that as integers
@@ -371,7 +371,7 @@ class _Tiles:
             error = given.sub_(at)
             ulps = error.abs().div_(unit_in_last_place(at, self._dtype))
             found = entries_reaching(ulps, bound, self._memory["marks"][: len(given)])
-            largest = 0.0 if len(found) else float(ulps.max())
+            largest = float(ulps.view(-1).index_fill_(0, found, 0).max())
         flat = error.view(-1)
         flat.index_copy_(0, found, flat.index_select(0, found).mul_(0))  # NaN of what is not finite
         return found, error, largest
