@@ -113,6 +113,7 @@ def measure(options: argparse.Namespace, size: str, scratch: Path) -> Result:
         "HF_HUB_OFFLINE": "1",
         "PSOFT_EXPORT_CACHE": str(scratch / "cache"),
     }
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its bytecode
     run_measured(_python("synthetic", size, str(rank), base, adapter), environment, log)
     runs: dict[str, list[Usage]] = {program.name: [] for program in programs}
     for _ in range(options.repeat):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from psoft_export.checkpoint.hashed_ahead import start_hashing
 from psoft_export.cli import options
 from psoft_export.cli.adapters import (
     Adapters,
@@ -108,6 +109,7 @@ def lora_command(
     adapters = Adapters.asked(adapter, method, factor, density, seed)
     # Loads transformers while torch is loaded here; combining needs it here as well.
     planner = None if adapters.is_combination else start_planner(cache_dir, cache=not no_cache)
+    start_hashing(*adapters.references.values(), base)
     from psoft_export import to_lora
 
     if upload is not None:

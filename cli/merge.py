@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from psoft_export.checkpoint.hashed_ahead import start_hashing
 from psoft_export.cli import options
 from psoft_export.cli.adapters import (
     Adapters,
@@ -136,6 +137,8 @@ def merge_command(
     # here as well.
     held_here = dry_run or verify or adapters.is_combination or recover_with is not None
     planner = None if held_here else start_planner(cache_dir, cache=not no_cache)
+    if not dry_run:
+        start_hashing(*adapters.references.values(), base)
     from psoft_export import VerificationReport, merge, plan_merge
 
     names = [name.strip() for name in labels.split(",")] if labels is not None else None

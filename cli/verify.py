@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from psoft_export.checkpoint.hashed_ahead import start_hashing
 from psoft_export.cli import options
 from psoft_export.cli.adapters import (
     Adapters,
@@ -86,6 +87,7 @@ def verify_command(
     # The other levels run models here, and combining plans here.
     apart = level == "weights" and not adapters.is_combination
     planner = start_planner(cache_dir, cache=not no_cache) if apart else None
+    start_hashing(*adapters.references.values(), base)
     from psoft_export import verify
 
     with out.merge_progress("verifying") as progress:

@@ -80,6 +80,11 @@ class BasisFinder:
         self._solver = SOLVER if adapter.record else _svd_name(self._svd_device)
 
     @property
+    def cache(self) -> BasisCache | None:
+        """The bases found before, with what else is kept beside them."""
+        return self._cache
+
+    @property
     def warnings(self) -> list[str]:
         """What the user should know, one plain sentence each."""
         found = []

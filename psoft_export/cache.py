@@ -21,6 +21,7 @@ from torch import Tensor
 
 from psoft_export.basis.svd import Triplets
 from psoft_export.cache_folder import cache_folder, layouts_folder
+from psoft_export.checkpoint.kept_json import KeptJson, removed
 from psoft_export.checkpoint.output import replacing_file
 from psoft_export.checkpoint.reader import raw
 from psoft_export.checkpoint.safetensors_file import read_header
@@ -82,6 +83,11 @@ class BasisCache:
     def searches(self) -> Path:
         """The folder for searches that were interrupted (`recover`)."""
         return self.folder / "searches"
+
+    @property
+    def tensor_hashes(self) -> KeptJson:
+        """SHA-256 of each tensor of a weight file, by name, under the SHA-256 of the file."""
+        return KeptJson(self.folder / "hashes")
 
     def get(self, weight: str, solver: str, rank: int) -> CachedTriplets | None:
         """The first `rank` triplets of a weight, float32 on the CPU, or None.
@@ -185,25 +191,16 @@ class BasisCache:
         return sorted(found, key=lambda entry: -entry.last_used)
 
     def clear(self) -> int:
-        """Remove every entry, layout and interrupted search; returns how many bytes that freed.
+        """Remove all that is kept, and interrupted searches; returns how many bytes that freed.
 
         Raises:
             OutputError: an entry cannot be removed.
         """
         freed = self._clear_abandoned()
+        freed += KeptJson(layouts_folder(self.folder)).clear() + self.tensor_hashes.clear()
         # With what killed runs left behind, under names that go on.
-        layouts = layouts_folder(self.folder).glob("*.json*")
-        for path in (*self._files(), *layouts, *self.searches.glob("*.safetensors*")):
-            try:
-                nbytes = path.stat().st_size
-                path.unlink()
-            except FileNotFoundError:
-                continue
-            except OSError as cause:
-                raise OutputError(f"{path}: cannot be removed ({cause.strerror})") from cause
-            freed += nbytes
-        with suppress(OSError):
-            layouts_folder(self.folder).rmdir()
+        for path in (*self._files(), *self.searches.glob("*.safetensors*")):
+            freed += removed(path)
         return freed
 
     def _files(self) -> Iterator[Path]:

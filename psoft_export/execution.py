@@ -43,8 +43,8 @@ from psoft_export.verification.weights import (
 )
 from psoft_export.weights import BaseReader
 
-_CHUNKS_AHEAD = 2
-_STRETCHES = 16  # of a file, each read back as soon as it is on disk
+_CHUNKS_AHEAD = 16  # about a weight, so that the next are read while it is written
+_STRETCHES = 64  # of a file, each read back as soon as it is on disk
 _READERS = 4  # of stretches, at a time
 
 
@@ -108,6 +108,7 @@ class Run:
         self._progress = progress
         self._targets = plan.targets
         largest = max(target.spec.nbytes for target in self._targets)
+        self._cache = bases.cache
         self._pipeline = TargetPipeline(bases, device, self._merged, largest)
         self._done_bytes, self._total_bytes = 0, plan.output_bytes
         self._changed: Collection[str] | None = None
@@ -167,7 +168,7 @@ class Run:
     def _pieces(self) -> Generator[_Copy | Target]:
         """The origin of every output byte, in the order of the output."""
         saved = self._plan.adapter.saved
-        with BaseReader(self._plan) as base:
+        with BaseReader(self._plan, self._cache) as base:
             for shard in self._plan.layout.shards:
                 for tensor in shard.tensors:
                     if self._changed is not None and tensor.spec.name not in self._changed:

@@ -6,9 +6,7 @@ one, which takes seconds. Adapters of one base with the same config and shapes s
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,15 +15,13 @@ from typing import Any
 from psoft_export.adapters.adapter import Adapter
 from psoft_export.cache_folder import layouts_folder
 from psoft_export.checkpoint import companions
-from psoft_export.checkpoint.output import replacing_file
+from psoft_export.checkpoint.kept_json import KeptJson
 from psoft_export.checkpoint.reader import Checkpoint
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header
 from psoft_export.checkpoint.writer import TensorSpec
-from psoft_export.errors import CheckpointError, OutputError
+from psoft_export.errors import CheckpointError
 from psoft_export.plan import Layout, OutputOptions, PlannedShard, PlannedTensor
 
-_SUFFIX = ".json"
-_KEPT = 64
 # What decides on a layout besides its input.
 _LIBRARIES = ("psoft-export", "transformers", "huggingface_hub", "torch")
 _PACKAGE = Path(__file__).parent
@@ -36,7 +32,7 @@ class LayoutCache:
 
     def __init__(self, folder: Path) -> None:
         """Use a folder inside `folder`, made when the first layout is kept."""
-        self._folder = layouts_folder(folder)
+        self._kept = KeptJson(layouts_folder(folder))
 
     def get(self, key: str, checkpoint: Checkpoint, adapter: Adapter) -> Layout | None:
         """The layout with this key; None where there is none, or one that is damaged or another's.
@@ -46,35 +42,15 @@ class LayoutCache:
             checkpoint: the base, opened.
             adapter: the adapter.
         """
-        path = self._path(key)
         try:
-            kept = json.loads(path.read_bytes())
-            if kept["sha256"] != _digest({"key": key, "layout": kept["layout"]}):
-                return None
-            layout = _read(kept["layout"], checkpoint.entries)
-        except (OSError, ValueError, KeyError, TypeError):
+            layout = _read(self._kept.get(key), checkpoint.entries)
+        except (ValueError, KeyError, TypeError):
             return None
-        if not _is_of(layout, adapter):
-            return None
-        with suppress(OSError):
-            os.utime(path)
-        return layout
+        return layout if _is_of(layout, adapter) else None
 
     def put(self, key: str, layout: Layout) -> None:
         """Keep a layout; the least recently used are forgotten."""
-        with suppress(OSError, OutputError, TypeError):
-            fields = _fields(layout)
-            digest = _digest({"key": key, "layout": fields})
-            text = json.dumps({"sha256": digest, "layout": fields})
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with replacing_file(self._path(key), durable=False) as scratch:
-                scratch.write_text(text, "utf-8")
-            paths = sorted(self._folder.glob(f"*{_SUFFIX}"), key=lambda path: -path.stat().st_mtime)
-            for path in paths[_KEPT:]:
-                path.unlink()
-
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}{_SUFFIX}"
+        self._kept.put(key, _fields(layout))
 
 
 def layout_key(checkpoint: Checkpoint, adapter: Adapter, options: OutputOptions) -> str | None:
@@ -155,7 +131,7 @@ def _tensor_fields(tensor: PlannedTensor) -> list[Any]:
     ]
 
 
-def _read(fields: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> Layout:
+def _read(fields: Any, entries: Mapping[str, TensorEntry]) -> Layout:
     shards = []
     for filename, metadata, listed in fields["shards"]:
         tensors = []

@@ -296,7 +296,7 @@ class _Conversion:
         pipeline = TargetPipeline(self._bases, self._device, use, largest)
         total = sum(target.spec.nbytes for target in self._targets)
         done = 0
-        with BaseReader(self._plan) as reader:
+        with BaseReader(self._plan, self._bases.cache) as reader:
             read = (Target(tensor, reader.target(tensor)) for tensor in self._targets)
             with closing(pipeline.run(read)) as finished:
                 for target, made in finished:

@@ -15,13 +15,9 @@ from psoft_export.algebra.parameters import GivensForm
 from psoft_export.bases import BasisFinder
 from psoft_export.cache import BasisCache, open_cache
 from psoft_export.checkpoint import companions
+from psoft_export.checkpoint.names import INDEX, SAFETENSORS, weight_files
 from psoft_export.checkpoint.output import OutputFolder, check_target
-from psoft_export.checkpoint.reader import (
-    INDEX,
-    SAFETENSORS,
-    file_sha256,
-    weight_files,
-)
+from psoft_export.checkpoint.reader import file_sha256
 from psoft_export.checkpoint.source import Source
 from psoft_export.combining import Combination, plan_merge
 from psoft_export.device import choose_device

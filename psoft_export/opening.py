@@ -11,7 +11,8 @@ from psoft_export.adapters.kinds import load_adapter, read_adapter
 from psoft_export.algebra.parameters import GivensForm
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.dtypes import parse_dtype
-from psoft_export.checkpoint.reader import open_checkpoint, weight_files
+from psoft_export.checkpoint.names import weight_files
+from psoft_export.checkpoint.reader import open_checkpoint
 from psoft_export.checkpoint.source import Source, resolve
 from psoft_export.errors import OutputError, RecordMissingError
 from psoft_export.layouts import LayoutCache, layout_key

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from psoft_export.adapters.adapter import Adapter, SubspaceAdapter
-from psoft_export.checkpoint.reader import CHUNK_BYTES, SAFETENSORS, Checkpoint
+from psoft_export.checkpoint.names import SAFETENSORS
+from psoft_export.checkpoint.reader import CHUNK_BYTES, Checkpoint
 from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.checkpoint.source import Source
 from psoft_export.checkpoint.writer import TensorSpec

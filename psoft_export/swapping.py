@@ -12,8 +12,9 @@ from psoft_export.cache import open_cache
 from psoft_export.checkpoint import companions
 from psoft_export.checkpoint.cloning import link_file
 from psoft_export.checkpoint.dtypes import WEIGHT_CODES, config_name
+from psoft_export.checkpoint.names import INDEX, SAFETENSORS
 from psoft_export.checkpoint.output import OutputFolder, check_free_space
-from psoft_export.checkpoint.reader import INDEX, SAFETENSORS, file_sha256
+from psoft_export.checkpoint.reader import file_sha256
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_header
 from psoft_export.checkpoint.source import Source, member
 from psoft_export.combining import Combination, plan_merge

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from psoft_export.adapters.basis_record import BaseTensor
+from psoft_export.cache import BasisCache
 from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 from psoft_export.checkpoint.reader import FileReader, tensor_sha256
 from psoft_export.checkpoint.safetensors_file import TensorEntry
@@ -37,11 +38,21 @@ class TargetWeight:
 class BaseReader:
     """Reads the base of a plan, every file hashed on the way. Use as a context manager."""
 
-    def __init__(self, plan: MergePlan) -> None:
-        """Opens nothing yet."""
+    def __init__(self, plan: MergePlan, cache: BasisCache | None = None) -> None:
+        """Opens nothing yet.
+
+        Args:
+            plan: the plan.
+            cache: where hashes of tensors are kept; None to keep none, and take none from there.
+        """
         self._plan = plan
+        self._kept_hashes = cache.tensor_hashes if cache is not None else None
         self._files = ExitStack()
         self._readers: dict[Path, FileReader] = {}
+        # SHA-256 of tensors, by file and name: those that were kept, once the file is known to be
+        # the same, and those found here.
+        self._known: dict[Path, dict[str, str]] = {}
+        self._found: dict[Path, dict[str, str]] = {}
 
     def __enter__(self) -> "BaseReader":
         for file in self._plan.checkpoint.files:
@@ -79,18 +90,36 @@ class BaseReader:
 
     def sha256(self) -> dict[str, str]:
         """SHA-256 of each weight file, by name; reads what is left of them."""
-        return {path.name: reader.sha256() for path, reader in self._readers.items()}
+        hashes = {path: reader.sha256() for path, reader in self._readers.items()}
+        for path, found in self._found.items():
+            if self._kept_hashes is not None and self._readers[path].is_as_opened:
+                self._kept_hashes.put(hashes[path], self._known.get(path, {}) | found)
+        return {path.name: sha256 for path, sha256 in hashes.items()}
 
     def _read(self, tensor: PlannedTensor) -> TargetWeight:
         entry, record = tensor.entry, self._plan.adapter.record
         assert entry is not None and tensor.module is not None
-        stored, sha256 = self._readers[entry.file].tensor(entry)
+        stored, sha256 = self._hashed(entry)
         dtype = record.base[tensor.module].dtype if record else entry.dtype
         if dtype != entry.dtype:
             sha256 = tensor_sha256(stored.to(TORCH_DTYPES[dtype]))
         values = stored.T if tensor.transposed else stored
         rows, columns = values.shape
         return TargetWeight(values, BaseTensor(dtype, (rows, columns), sha256))
+
+    def _hashed(self, entry: TensorEntry) -> tuple[Tensor, str]:
+        """A tensor in its stored dtype, and the SHA-256 of its bytes."""
+        reader = self._readers[entry.file]
+        if entry.file not in self._known and self._kept_hashes is not None:
+            digest = reader.digest_ahead()
+            if digest is not None:
+                self._known[entry.file] = self._kept_hashes.get(digest) or {}
+        sha256 = self._known.get(entry.file, {}).get(entry.name)
+        if sha256 is not None:
+            return reader.values(entry), sha256
+        values, sha256 = reader.tensor(entry)
+        self._found.setdefault(entry.file, {})[entry.name] = sha256
+        return values, sha256
 
     def _is_recorded(self, tensor: PlannedTensor, weight: TargetWeight) -> bool:
         record = self._plan.adapter.record

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from psoft_export import layouts, load_adapter, merge, plan_merge
+from psoft_export.checkpoint import kept_json
 from psoft_export.checkpoint.reader import open_checkpoint
 from psoft_export.cli.main import run
 from psoft_export.layouts import LayoutCache, layout_key
@@ -167,7 +168,7 @@ def test_a_layout_of_something_else_is_not_taken(
 def test_the_least_recently_used_goes(
     llama: Path, llama_adapter: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layouts, "_KEPT", 2)
+    monkeypatch.setattr(kept_json, "_KEPT", 2)
     plan_merge(llama, llama_adapter)
     (first,) = entries(cache_folder)
     plan_merge(llama, llama_adapter, dtype="bf16")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
+from psoft_export.checkpoint.hashed_ahead import digest_ahead, identity
+from psoft_export.checkpoint.names import INDEX, PICKLE, SAFETENSORS
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_fully, read_header
 from psoft_export.checkpoint.source import member
 from psoft_export.errors import CheckpointError, PsoftExportError, first_line
 
-SAFETENSORS = "model.safetensors"
-PICKLE = "pytorch_model.bin"
-INDEX = ".index.json"
 CHUNK_BYTES = 2 * 2**20
 
 
@@ -47,22 +46,6 @@ class Checkpoint:
     def entries(self) -> dict[str, TensorEntry]:
         """Every tensor by its name."""
         return {entry.name: entry for file in self.files for entry in file.entries}
-
-
-def weight_files(names: Iterable[str]) -> list[str]:
-    """Of a repository's file names, those that hold its weights, as transformers chooses them.
-
-    safetensors before pickle, one file before a sharded one. Only top-level names count.
-    """
-    present = {name for name in names if "/" not in name}
-    for whole, suffix in ((SAFETENSORS, ".safetensors"), (PICKLE, ".bin")):
-        if whole in present:
-            return [whole]
-        if whole + INDEX in present:
-            stem = whole.removesuffix(suffix)
-            shards = (n for n in present if n.startswith(f"{stem}-") and n.endswith(suffix))
-            return [whole + INDEX, *sorted(shards)]
-    return []
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -118,7 +101,8 @@ class FileReader:
     """Reads byte ranges of one weight file and hashes the file on the way.
 
     Reads feed the hash as they pass; what they skip is read for the hash alone, so each byte is
-    hashed once whatever the order. Use as a context manager.
+    hashed once whatever the order, or not at all once `hashed_ahead` knows the file's digest. Use
+    as a context manager.
     """
 
     def __init__(self, file: WeightFile) -> None:
@@ -126,8 +110,10 @@ class FileReader:
         self._file = file
         self._hash = hashlib.sha256()
         self._hashed = 0
+        self._ahead: str | None = None
         try:
             self._handle = file.path.open("rb", buffering=0)
+            self._opened = identity(self._handle.fileno())
         except OSError as cause:
             raise CheckpointError(f"{file.path}: cannot be read ({cause.strerror})") from cause
         header_bytes = max(0, min((entry.offset for entry in file.entries), default=0))
@@ -183,9 +169,30 @@ class FileReader:
         return typed(values, entry.dtype).view(entry.shape)
 
     def sha256(self) -> str:
-        """The SHA-256 of the whole file, in hexadecimal."""
+        """The SHA-256 of the whole file, in hexadecimal.
+
+        Raises:
+            CheckpointError: it cannot be read, or was written to while it was read.
+        """
+        if (digest := self.digest_ahead()) is not None:
+            if not self.is_as_opened:  # its bytes tell by what
+                self._handle.seek(0)
+                if hashlib.file_digest(self._handle, "sha256").hexdigest() != digest:
+                    raise CheckpointError(f"{self._file.path}: was changed meanwhile; run again")
+            return digest
         self._hash_to(self._file.path.stat().st_size)
         return self._hash.hexdigest()
+
+    def digest_ahead(self) -> str | None:
+        """The SHA-256 of the whole file, if `hashed_ahead` knows that of the file as it is."""
+        if self._ahead is None:
+            self._ahead = digest_ahead(self._handle.fileno())
+        return self._ahead
+
+    @property
+    def is_as_opened(self) -> bool:
+        """Whether nothing was written to the file since it was opened, for certain."""
+        return self._opened is not None and identity(self._handle.fileno()) == self._opened
 
     def _hash_to(self, end: int) -> None:
         buffer = memoryview(bytearray(min(CHUNK_BYTES, max(end - self._hashed, 1))))
@@ -193,7 +200,8 @@ class FileReader:
             self._read_into(buffer[: min(len(buffer), end - self._hashed)], self._hashed)
 
     def _read_into(self, buffer: memoryview, offset: int) -> None:
-        if offset > self._hashed:
+        is_hashed = self.digest_ahead() is not None
+        if offset > self._hashed and not is_hashed:
             self._hash_to(offset)  # what a plan skips is hashed all the same, while it is near
         try:
             read_fully(self._handle.fileno(), buffer, offset)
@@ -205,7 +213,7 @@ class FileReader:
             raise CheckpointError(
                 f"{self._file.path}: cannot be read ({cause.strerror})"
             ) from cause
-        if offset <= self._hashed < offset + len(buffer):
+        if offset <= self._hashed < offset + len(buffer) and not is_hashed:
             self._hash.update(buffer[self._hashed - offset :])
             self._hashed = offset + len(buffer)
 
@@ -223,7 +231,8 @@ def file_sha256(path: Path, error: type[PsoftExportError]) -> str:
     """
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            known = digest_ahead(file.fileno())
+            return known or hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror})") from cause
 

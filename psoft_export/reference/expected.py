@@ -46,7 +46,7 @@ class DeltaProduct(Delta):
     def add_to(self, weight: Tensor, rows: slice) -> float:
         """As of `Delta`."""
         weight.addmm_(self._left[rows], self._right)
-        return self.squares(rows)
+        return float(self.squares(rows).sum())
 
     def image(self, vectors: Tensor, rows: slice) -> Tensor:
         """Rows of ΔW V.
@@ -57,10 +57,10 @@ class DeltaProduct(Delta):
         """
         return self._left[rows] @ (self._right @ vectors)
 
-    def squares(self, rows: slice) -> float:
-        """The sum of the squares of ΔW's entries in some rows."""
+    def squares(self, rows: slice) -> Tensor:
+        """The sum of the squares of ΔW's entries in each of some rows."""
         left = self._left[rows]
-        return max(0.0, float(torch.sum((left @ self._gram) * left)))  # below 0 by rounding
+        return torch.sum((left @ self._gram) * left, 1).clamp_(min=0)  # below 0 by rounding
 
     @cached_property
     def _gram(self) -> Tensor:

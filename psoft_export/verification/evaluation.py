@@ -183,10 +183,9 @@ class Deviation:
             made = merge(exact, which)
             if probes is not None:
                 after = tiles.image(made)
-                delta_squares = probes.delta.squares(which)
                 here = slice(start, start + len(rows))
-                if probes.agree(after - before, here, squares, delta_squares):
-                    self._delta += delta_squares
+                if probes.agree(after - before, here, squares):
+                    self._delta += probes.squares(here)
                     return _Sum(made, (before, after), is_merged=True)
             written.copy_(round_to_nearest(made, written.dtype))
             exact = tiles.take("exact", rows)
@@ -255,16 +254,12 @@ class _Sum:
 
 
 class _Probes:
-    """What random vectors V say of some rows of a ΔW that is a product.
-
-    Attributes:
-        delta: ΔW.
-    """
+    """What random vectors V say of some rows of a ΔW that is a product."""
 
     def __init__(
         self, of: Expected, delta: DeltaProduct, vectors: Tensor, first: int, count: int
     ) -> None:
-        """Find the image of V.
+        """Find the image of V, and how large ΔW is.
 
         Args:
             of: what is known of ΔW.
@@ -273,13 +268,18 @@ class _Probes:
             first: the first of the rows, of those that `of` means.
             count: how many rows.
         """
-        self.delta = delta
-        self._image = delta.image(vectors, of.rows(first, count))
+        which = of.rows(first, count)
+        self._image = delta.image(vectors, which)
+        self._squares = delta.squares(which)
         self._norm = _norm(vectors)
         self._reach = of.reach_left[first : first + count]
         self._doubt = math.sqrt(of.terms) * of.condition * _norm(of.reach_right)
 
-    def agree(self, moved: Tensor, rows: slice, squares: float, delta_squares: float) -> bool:
+    def squares(self, rows: slice) -> float:
+        """The sum of the squares of ΔW's entries in some rows, counted from the first."""
+        return float(self._squares[rows].sum())
+
+    def agree(self, moved: Tensor, rows: slice, squares: float) -> bool:
         """Whether some rows of a sum W + D move V as ΔW does, as far as rounding lets it be told.
 
         That of the products with V grows with what is multiplied, that of D and of ΔW with what
@@ -288,10 +288,9 @@ class _Probes:
         Args:
             moved: these rows of (W + D) V − W V.
             rows: which they are, counted from the first.
-            squares: the sum of the squares of W there, and
-            delta_squares: of ΔW.
+            squares: the sum of the squares of W there.
         """
-        products = (2 * math.sqrt(squares) + math.sqrt(delta_squares)) * self._norm
+        products = (2 * math.sqrt(squares) + math.sqrt(self.squares(rows))) * self._norm
         sums = self._doubt * _norm(self._reach[rows])
         return _norm(moved - self._image[rows]) <= DOUBLE * (products + sums)
 

@@ -87,7 +87,8 @@ def check_weights(
         CheckpointError: a file cannot be read.
         NonFiniteError: the base holds NaN or infinity.
     """
-    with BaseReader(plan) as base, _WrittenTensors(merged) as written, full_precision():
+    reader = BaseReader(plan, bases.cache)
+    with reader as base, _WrittenTensors(merged) as written, full_precision():
         check = _Check(plan, base, written, bases, device, product_unit, progress)
         check.run()
         return CheckedWeights(
