@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import torch
 
 from psoft_export.errors import UsageError
 
+_PROCESSOR = Path("/proc/cpuinfo")  # Linux
 _MOST_WORKERS = 4  # each holds a weight in float64; with more cores, each has several threads
 
 
@@ -39,6 +42,23 @@ def workers_on(device: torch.device) -> int:
     On a CPU small weights keep few threads busy; a GPU is busy with one.
     """
     return min(torch.get_num_threads(), _MOST_WORKERS) if device.type == "cpu" else 1
+
+
+@cache
+def multiplies_by_avx2() -> bool:
+    """Whether products on this CPU are those of MKL's kernels for AVX2.
+
+    On processors of other makers than Intel MKL takes these also where there is AVX-512.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability != "AVX512":
+        return capability == "AVX2"
+    try:
+        lines = _PROCESSOR.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return False
+    makers = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
+    return bool(makers) and "GenuineIntel" not in makers
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from psoft_export.basis.space import TOLERANCE, RitzPairs, Space, random_rows
 from psoft_export.basis.tall_matrix import TallMatrix, Workspace
+from psoft_export.device import multiplies_by_avx2
 
 # Columns of a block: of narrow ones fewer are needed in all, but products by them are slower. With
-# AVX2 alone 12 took 6 to 9 % less than 16; with AVX-512 it was not tried. Products in float32 with
-# the Gram matrix take no less time by 12 than by 16.
-_EXACT_BLOCK = 12 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
+# AVX2 12 took 6 to 9 % less than 16; with AVX-512 it was not tried. Products in float32 with the
+# Gram matrix take no less time by 12 than by 16.
+_EXACT_BLOCK = 12 if multiplies_by_avx2() else 16
 _ROUGH_BLOCK = 16
 _SHARE = 0.6  # of the short side; a larger space costs more than the whole spectrum
 _COLUMNS = 3  # for each vector kept: the fewest in which the wanted ones may have converged

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from psoft_export.device import multiplies_by_avx2
+
 _TILE_ROWS = 256  # of W: in float64 they stay in a processor's caches
 _ROUGH_TILE_ROWS = 1024  # in float32, of a product that is bound by arithmetic
 # Behind each row, in numbers: rows a power of two apart would all fall into the same few lines of
@@ -15,9 +17,9 @@ _ROUGH_TILE_ROWS = 1024  # in float32, of a product that is bound by arithmetic
 _PADDING = 8
 _DIAGONAL_BLOCK = 256  # columns of the Gram matrix; of the rest half is mirrored
 _PANEL_ROWS = 256  # of a float32 product by few vectors: a panel each took a tenth less time
-# With AVX2 alone, MKL multiplies few float64 vectors twice as fast where the long side of the
-# result is that of its columns; with AVX-512 it is fast the other way.
-_WIDE_RESULTS = torch.backends.cpu.get_cpu_capability() == "AVX2"
+# With AVX2, MKL multiplies few float64 vectors twice as fast where the long side of the result is
+# that of its columns; with AVX-512 it is fast the other way.
+_WIDE_RESULTS = multiplies_by_avx2()
 
 
 class Workspace:
