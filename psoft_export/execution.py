@@ -43,7 +43,7 @@ from psoft_export.verification.weights import (
 )
 from psoft_export.weights import BaseReader
 
-_CHUNKS_AHEAD = 16  # about a weight, so that the next are read while it is written
+_CHUNKS_AHEAD = 12  # about a weight, so that the next are read while it is written
 _STRETCHES = 64  # of a file, each read back as soon as it is on disk
 _READERS = 4  # of stretches, at a time
 
