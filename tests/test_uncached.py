@@ -64,7 +64,8 @@ def test_all_bytes_arrive(size: int, way: str, tmp_path: Path) -> None:
     file, left = UncachedFile(path), memoryview(DATA)[:size]
     while left:
         left = left[file.write(left[:100_003]) :]
-    assert path.read_bytes()[: file.on_disk] == DATA[: file.on_disk]
+    on_disk = file.on_disk
+    assert path.read_bytes()[:on_disk] == DATA[:on_disk]
     file.flush()
     assert file.on_disk == size
     file.close()
@@ -94,6 +95,23 @@ def test_an_error_of_the_disk_is_raised(tmp_path: Path, monkeypatch: pytest.Monk
         file.flush()
     file.close()  # while the error, and all that it holds, is still there
     assert info.value.errno == errno.ENOSPC
+
+
+def test_an_error_behind_the_writing_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pwrite", broken)
+    file = UncachedFile(tmp_path / "file")
+    full = memoryview(DATA)[: uncached._BUFFER_BYTES]
+    assert file.write(full) == len(full), "it does not wait for the disk"
+    with pytest.raises(OSError, match="Input/output error"):
+        file.write(full)
+    with pytest.raises(OSError, match="Input/output error"):
+        file.flush()
+    file.close()
 
 
 def test_it_does_not_replace_what_is_there(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class _Precision:
 _EXACT = _Precision(
     torch.float64, _EXACT_BLOCK, TOLERANCE, crowded=1e-8, resolved=0.0, first_look=0
 )
-_ROUGH = _Precision(torch.float32, _ROUGH_BLOCK, 1e-3, crowded=1e-5, resolved=1e-4, first_look=256)
+_ROUGH = _Precision(torch.float32, _ROUGH_BLOCK, 1e-3, crowded=1e-5, resolved=1e-4, first_look=384)
 
 
 def lanczos_spaces(matrix: TallMatrix, rank: int, kept: int, memory: Workspace) -> Iterator[Space]:

@@ -43,7 +43,8 @@ def start_hashing(*folders: str | Path) -> None:
         return
     paths = [path for folder in folders for path in _files(Path(folder))]
     if paths:
-        _processes.append(_Hashing(paths))
+        with suppress(OSError):  # no room for a process: the files are hashed as they are read
+            _processes.append(_Hashing(paths))
 
 
 def digest_ahead(descriptor: int) -> str | None:
@@ -84,7 +85,7 @@ class _Hashing:
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # without it the files are hashed here
+            stderr=subprocess.DEVNULL,
             start_new_session=True,  # an interrupt is for this process
         )
         atexit.register(self._end)
@@ -98,8 +99,8 @@ class _Hashing:
                 self._end()
             *lines, self._text = (self._text + text).split(b"\n")
             for line in lines:
-                identity, digest = json.loads(line)
-                self.digests[tuple(identity)] = digest
+                seen, digest = json.loads(line)
+                self.digests[tuple(seen)] = digest
 
     def _end(self) -> None:
         """End it, whether it is done or not."""

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import mmap
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 # Of one system call through the cache. Larger ones took the kernel two to five times as long
@@ -20,7 +21,7 @@ _FLAG = getattr(os, "O_DIRECT", 0)  # Linux; elsewhere everything goes through t
 
 
 class UncachedFile:
-    """A new file that is written in order.
+    """A new file that is written in order, while more is taken.
 
     Attributes:
         on_disk: bytes handed to the disk, or where there is no way past it to the cache.
@@ -31,8 +32,10 @@ class UncachedFile:
         self.on_disk = 0
         self._handle = path.open("xb", buffering=0)
         self._is_past_cache = _set_past_cache(self._handle.fileno(), True)
-        self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
+        self._buffer, self._other = (mmap.mmap(-1, _BUFFER_BYTES) for _ in range(2))
         self._filled = 0
+        self._thread = ThreadPoolExecutor(1, "psoft-disk")
+        self._writing: Future[None] | None = None  # of the other buffer
 
     def write(self, data: memoryview) -> int:
         """Take bytes, not always all; returns how many."""
@@ -40,7 +43,9 @@ class UncachedFile:
         self._buffer[self._filled : self._filled + count] = data[:count]
         self._filled += count
         if self._filled == _BUFFER_BYTES:
-            self._empty(_BUFFER_BYTES)
+            self._wait()
+            self._writing = self._thread.submit(self._put, self._buffer, 0, _BUFFER_BYTES)
+            self._buffer, self._other, self._filled = self._other, self._buffer, 0
         return count
 
     def fileno(self) -> int:
@@ -49,25 +54,31 @@ class UncachedFile:
 
     def flush(self) -> None:
         """Hand over what was taken; nothing can be written after it."""
-        self._empty(self._filled // _ALIGNED * _ALIGNED)
-        if self._filled:
+        self._wait()
+        aligned = self._filled // _ALIGNED * _ALIGNED
+        self._put(self._buffer, 0, aligned)
+        if aligned < self._filled:
             self._is_past_cache = _set_past_cache(self.fileno(), False)
-            self._empty(self._filled)
+            self._put(self._buffer, aligned, self._filled)
+        self._filled = 0
 
     def close(self) -> None:
         """Close it, whatever state it is in."""
+        self._thread.shutdown()  # nothing is written to a descriptor that is another file's by then
         self._handle.close()
 
-    def _empty(self, count: int) -> None:
-        """Write the first bytes of the buffer, and move the rest to its start."""
-        with memoryview(self._buffer) as buffer:
-            done = 0
-            while done < count:
-                end = count if self._is_past_cache else min(count, done + WRITE_BYTES)
-                done += self._write(buffer[done:end])
-            rest = bytes(buffer[count : self._filled])
-            buffer[: len(rest)] = rest
-            self._filled = len(rest)
+    def _wait(self) -> None:
+        """Wait for the other buffer, and raise what went wrong there."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _put(self, buffer: mmap.mmap, start: int, end: int) -> None:
+        """Write a part of a buffer."""
+        with memoryview(buffer) as view:
+            while start < end:
+                stop = end if self._is_past_cache else min(end, start + WRITE_BYTES)
+                start += self._write(view[start:stop])
 
     def _write(self, data: memoryview) -> int:
         try:
