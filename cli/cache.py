@@ -60,7 +60,7 @@ def list_command(cache_dir: CacheDirOption = None, as_json: JsonOption = False) 
 def clear_command(
     cache_dir: CacheDirOption = None, quiet: QuietOption = False, as_json: JsonOption = False
 ) -> None:
-    """Remove every basis, layout and interrupted search; the next merge makes what it needs."""
+    """Remove every basis, layout, hash and interrupted search; merges make what they need."""
     out = Output(quiet=quiet, as_json=as_json)
     from psoft_export.cache import open_cache
 

@@ -25,7 +25,7 @@ from psoft_export.cli import (
     verify,
 )
 from psoft_export.cli.output import print_error
-from psoft_export.errors import PsoftExportError, UsageError
+from psoft_export.errors import OutputError, PsoftExportError, UsageError
 
 _INTERRUPTED = 130
 
@@ -79,9 +79,15 @@ def main() -> None:
 def _end(code: int) -> NoReturn:
     """End the process at once: to take all of torch's modules apart takes another 0.2 s."""
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more
-            stream.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # nobody reads it any more
+    except OSError as error:
+        print_error(f"the output cannot be written ({error.strerror})")
+        code = code or OutputError.exit_code
+    with suppress(OSError):
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -36,7 +36,11 @@ class TargetWeight:
 
 
 class BaseReader:
-    """Reads the base of a plan, every file hashed on the way. Use as a context manager."""
+    """Reads the base of a plan, and hashes what of it is not hashed yet, on the way.
+
+    A weight's SHA-256 may be one that was kept; `sha256`, at the end, finds out if the file was
+    changed meanwhile. Use as a context manager.
+    """
 
     def __init__(self, plan: MergePlan, cache: BasisCache | None = None) -> None:
         """Opens nothing yet.
@@ -89,11 +93,16 @@ class BaseReader:
         return weight
 
     def sha256(self) -> dict[str, str]:
-        """SHA-256 of each weight file, by name; reads what is left of them."""
+        """SHA-256 of each weight file, by name; reads what is left of them.
+
+        Raises:
+            CheckpointError: a file cannot be read, or was changed meanwhile.
+        """
         hashes = {path: reader.sha256() for path, reader in self._readers.items()}
         for path, found in self._found.items():
             if self._kept_hashes is not None and self._readers[path].is_as_opened:
-                self._kept_hashes.put(hashes[path], self._known.get(path, {}) | found)
+                kept = self._kept_hashes.get(hashes[path]) or {}
+                self._kept_hashes.put(hashes[path], kept | found)
         return {path.name: sha256 for path, sha256 in hashes.items()}
 
     def _read(self, tensor: PlannedTensor) -> TargetWeight:

@@ -1,6 +1,7 @@
 """What a user sees: plain results, one JSON object, quiet, progress, help."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -127,3 +128,19 @@ def test_wheel_brings_one_package(tmp_path: Path) -> None:
     assert "psoft_export/reports/page.html" in names
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "psoft_export").rglob("*.py")}
     assert sources <= set(names), "a subpackage is missing from the wheel"
+
+
+@pytest.mark.parametrize(("output", "code"), [("full", 8), ("closed", 0)])
+def test_output_that_cannot_be_written(output: str, code: int) -> None:
+    """The process ends at once, but not before what it has said is out."""
+    line = [Path(sys.executable).with_name("psoft-export"), "cache", "list", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with Path("/dev/full").open("w") if output == "full" else os.fdopen(writer, "w") as stdout:
+        ended = subprocess.run(
+            line, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    assert ended.returncode == code
+    said = "error: the output cannot be written (No space left on device)\n"
+    assert ended.stderr == (said if code else "")

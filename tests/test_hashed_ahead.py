@@ -99,17 +99,22 @@ def test_a_process_hashes_the_files_that_a_merge_reads(
     assert known(base / WEIGHTS) is None, "written to since"
 
 
-def test_more_than_the_first_seconds_can_hash_is_left(
+def test_what_the_first_seconds_do_not_hash_is_left(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [tmp_path / name for name in ("a", "b", "c")]
     for path in paths:
         path.write_bytes(bytes(1000))
     monkeypatch.setattr(hashed_ahead, "_TICK_SECONDS", 0.0)
+    paths[1].write_bytes(bytes(3000))
     monkeypatch.setattr(hashed_ahead, "_MOST_BYTES", 2500)
     hashed_ahead._hash([str(tmp_path / "missing"), *map(str, paths)], os.getppid())
     said = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert [digest for _, digest in said] == [sha256(path) for path in paths[:2]]
+    assert [digest for _, digest in said] == [sha256(path) for path in (paths[0], paths[2])]
+    with monkeypatch.context() as patch:
+        patch.setattr(hashed_ahead, "_MOST_SECONDS", -1.0)
+        hashed_ahead._hash([str(paths[0])], os.getppid())
+        assert capfd.readouterr().out == "", "it has taken long enough"
     hashed_ahead._hash([str(paths[0])], os.getppid() + 1)
     assert capfd.readouterr().out == "", "it ends with the process that asked"
 
@@ -138,6 +143,35 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(base: Path, ahead: Ahea
             handle.write(b"\1\2")
         with pytest.raises(CheckpointError, match=f"{WEIGHTS}: was changed meanwhile; run again"):
             reader.sha256()
+
+
+def test_a_digest_of_a_later_state_is_not_taken(base: Path, ahead: Ahead) -> None:
+    (file,) = open_checkpoint(base).files
+    ahead()
+    with FileReader(file) as reader:
+        before = sha256(file.path)
+        entry = file.entries[-1]
+        reader.values(entry)  # hashed as it is read
+        with file.path.open("r+b") as handle:
+            handle.seek(entry.offset)
+            handle.write(b"\1\2")
+        ahead(file.path)
+        assert reader.digest_ahead() is None
+        assert reader.sha256() == before, "of the bytes that were read"
+    with FileReader(file) as reader:  # of a header that was read before the change
+        assert reader.digest_ahead() is None
+
+
+def test_what_else_the_process_says_is_passed_over(tmp_path: Path) -> None:
+    process = hashed_ahead._Hashing([])
+    process._process.wait(60)
+    assert process._process.stdout is not None
+    process._process.stdout.close()
+    process._process.stdout = (tmp_path / "said").open("w+b", buffering=0)
+    process._process.stdout.write(b'hello\n[1]\n[[1, 2], "ab"]\n{}\n[[3')
+    process._process.stdout.seek(0)
+    process.listen()
+    assert process.digests == {(1, 2): "ab"}
 
 
 def test_hashes_of_tensors_are_kept_under_that_of_their_file(
@@ -188,9 +222,19 @@ def test_the_command_hashes_ahead(
         "from psoft_export.checkpoint import hashed_ahead\n"
         "assert len(hashed_ahead._processes) == 1\n"
     )
+    time.sleep(hashed_ahead._TICK_SECONDS)
     for name in ("first", "second"):  # where the first has kept hashes
-        time.sleep(hashed_ahead._TICK_SECONDS)
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True)
-    assert [path.stem for path in (cache_folder / "hashes").iterdir()] == [sha256(base / WEIGHTS)]
+    (path,) = (cache_folder / "hashes").iterdir()
+    assert path.stem == sha256(base / WEIGHTS)
     merge(base, adapter, tmp_path / "here", cache=False)
     assert files.tree(tmp_path / "here") == files.tree(tmp_path / "second")
+
+    kept = KeptJson(path.parent)
+    hashes = kept.get(path.stem)
+    assert hashes is not None
+    kept.put(path.stem, dict.fromkeys(hashes, "ab" * 32))  # shows that they are taken
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "third")], capture_output=True, text=True
+    )
+    assert "not the base" in ended.stderr

@@ -2,7 +2,7 @@
 
 Loading torch keeps one core busy for a second or two. Another can read a few GB meanwhile, which
 later would take its time from the merge. A digest counts as long as the file is as it was: the
-same size, and nothing written to it since. This module itself loads nothing.
+same size, and no system call has written to it since. This module itself loads nothing.
 """
 
 import atexit
@@ -19,9 +19,10 @@ from pathlib import Path
 
 from psoft_export.checkpoint.names import weight_files
 
-# Of more than this the first seconds hash but little, and reading on would only run ahead of the
-# merge, out of the page cache again.
+# Larger files, and what is left after that time, are hashed as they are read: whoever waits for
+# more than the start of a merge gains nothing by hashing beside it.
 _MOST_BYTES = 4 * 10**9
+_MOST_SECONDS = 5.0
 _READ_BYTES = 2**19  # within a core's own cache
 # Within one tick of a file system's clock (2 s at worst) a second change leaves no trace.
 _TICK_SECONDS = 2.0
@@ -61,7 +62,7 @@ def digest_ahead(descriptor: int) -> str | None:
 def identity(descriptor: int) -> Identity | None:
     """What of an open file changes with its content; None for one written to just now.
 
-    As long as it is the same, the content is.
+    As long as it is the same, no system call has written to the file.
     """
     status = os.fstat(descriptor)
     if time.time() - status.st_ctime < _TICK_SECONDS:
@@ -99,8 +100,9 @@ class _Hashing:
                 self._end()
             *lines, self._text = (self._text + text).split(b"\n")
             for line in lines:
-                seen, digest = json.loads(line)
-                self.digests[tuple(seen)] = digest
+                with suppress(ValueError, TypeError):  # of something else that starts with Python
+                    seen, digest = json.loads(line)
+                    self.digests[tuple(seen)] = digest
 
     def _end(self) -> None:
         """End it, whether it is done or not."""
@@ -122,18 +124,16 @@ def _files(folder: Path) -> Iterator[Path]:
 def _hash(paths: Iterable[str], parent: int) -> None:
     """Print each file's identity and SHA-256, a line each; ends with the parent process."""
     buffer = memoryview(bytearray(_READ_BYTES))
-    room = _MOST_BYTES
+    end = time.monotonic() + _MOST_SECONDS
     for path in paths:
         with suppress(OSError), open(path, "rb", buffering=0) as file:  # noqa: PTH123
-            room -= os.fstat(file.fileno()).st_size
-            if room < 0:
-                return
-            if (seen := identity(file.fileno())) is None:
+            seen = identity(file.fileno())
+            if seen is None or os.fstat(file.fileno()).st_size > _MOST_BYTES:
                 continue
             digest = hashlib.sha256()
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
-                if os.getppid() != parent:
+                if os.getppid() != parent or time.monotonic() > end:
                     return
             if identity(file.fileno()) == seen:
                 print(json.dumps([seen, digest.hexdigest()]), flush=True)  # noqa: T201

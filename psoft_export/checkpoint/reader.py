@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from psoft_export.checkpoint.dtypes import CODES, TORCH_DTYPES
-from psoft_export.checkpoint.hashed_ahead import digest_ahead, identity
+from psoft_export.checkpoint.hashed_ahead import Identity, digest_ahead, identity
 from psoft_export.checkpoint.names import INDEX, PICKLE, SAFETENSORS
 from psoft_export.checkpoint.safetensors_file import TensorEntry, read_fully, read_header
 from psoft_export.checkpoint.source import member
@@ -22,12 +22,21 @@ CHUNK_BYTES = 2 * 2**20
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of a checkpoint. `tensors` holds a pickle file's (memory-mapped) tensors."""
+    """One file of a checkpoint.
+
+    Attributes:
+        path: where it is.
+        entries: its tensors, in the order of their bytes.
+        metadata: of its header.
+        tensors: those of a pickle file, memory-mapped.
+        identity: what the file was when all this was read from it; see `hashed_ahead.identity`.
+    """
 
     path: Path
     entries: tuple[TensorEntry, ...]
     metadata: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] | None = None
+    identity: Identity | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -113,9 +122,8 @@ class FileReader:
         self._ahead: str | None = None
         try:
             self._handle = file.path.open("rb", buffering=0)
-            self._opened = identity(self._handle.fileno())
         except OSError as cause:
-            raise CheckpointError(f"{file.path}: cannot be read ({cause.strerror})") from cause
+            raise _unreadable(file.path, cause) from cause
         header_bytes = max(0, min((entry.offset for entry in file.entries), default=0))
         self._read_into(memoryview(bytearray(header_bytes)), 0)
 
@@ -175,24 +183,30 @@ class FileReader:
             CheckpointError: it cannot be read, or was written to while it was read.
         """
         if (digest := self.digest_ahead()) is not None:
-            if not self.is_as_opened:  # its bytes tell by what
-                self._handle.seek(0)
-                if hashlib.file_digest(self._handle, "sha256").hexdigest() != digest:
-                    raise CheckpointError(f"{self._file.path}: was changed meanwhile; run again")
+            if not self.is_as_opened and self._hashed_again() != digest:
+                raise CheckpointError(f"{self._file.path}: was changed meanwhile; run again")
             return digest
         self._hash_to(self._file.path.stat().st_size)
         return self._hash.hexdigest()
 
     def digest_ahead(self) -> str | None:
-        """The SHA-256 of the whole file, if `hashed_ahead` knows that of the file as it is."""
-        if self._ahead is None:
+        """The SHA-256 of the whole file as its header was read, if `hashed_ahead` knows it."""
+        if self._ahead is None and self.is_as_opened:
             self._ahead = digest_ahead(self._handle.fileno())
         return self._ahead
 
     @property
     def is_as_opened(self) -> bool:
-        """Whether nothing was written to the file since it was opened, for certain."""
-        return self._opened is not None and identity(self._handle.fileno()) == self._opened
+        """Whether nothing was written to the file since its header was read, for certain."""
+        opened = self._file.identity
+        return opened is not None and identity(self._handle.fileno()) == opened
+
+    def _hashed_again(self) -> str:
+        try:
+            self._handle.seek(0)
+            return hashlib.file_digest(self._handle, "sha256").hexdigest()
+        except OSError as cause:
+            raise _unreadable(self._file.path, cause) from cause
 
     def _hash_to(self, end: int) -> None:
         buffer = memoryview(bytearray(min(CHUNK_BYTES, max(end - self._hashed, 1))))
@@ -210,12 +224,14 @@ class FileReader:
                 f"{self._file.path}: ends early; copy or download it again"
             ) from cause
         except OSError as cause:
-            raise CheckpointError(
-                f"{self._file.path}: cannot be read ({cause.strerror})"
-            ) from cause
+            raise _unreadable(self._file.path, cause) from cause
         if offset <= self._hashed < offset + len(buffer) and not is_hashed:
             self._hash.update(buffer[self._hashed - offset :])
             self._hashed = offset + len(buffer)
+
+
+def _unreadable(path: Path, cause: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read ({cause.strerror})")
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -248,12 +264,14 @@ def raw(values: Tensor) -> Tensor:
 
 
 def _open_safetensors(path: Path, expected: set[str] | None) -> WeightFile:
+    seen = _identity(path)
     entries, metadata = read_header(path)
     _check_names(path, {entry.name for entry in entries}, expected)
-    return WeightFile(path, tuple(entries), metadata)
+    return WeightFile(path, tuple(entries), metadata, identity=seen)
 
 
 def _open_pickle(path: Path, expected: set[str] | None) -> WeightFile:
+    seen = _identity(path)
     tensors = load_pickle(path, CheckpointError)
     _check_names(path, set(tensors), expected)
     entries = []
@@ -262,7 +280,15 @@ def _open_pickle(path: Path, expected: set[str] | None) -> WeightFile:
             raise CheckpointError(f"{path}: tensor '{name}' has unknown dtype {tensor.dtype}")
         code = CODES[tensor.dtype]
         entries.append(TensorEntry(name, code, tuple(tensor.shape), path, -1, tensor.nbytes))
-    return WeightFile(path, tuple(entries), {}, tensors)
+    return WeightFile(path, tuple(entries), {}, tensors, identity=seen)
+
+
+def _identity(path: Path) -> Identity | None:
+    try:
+        with path.open("rb") as file:
+            return identity(file.fileno())
+    except OSError:
+        return None  # what is wrong with it is said when it is read
 
 
 def _check_names(path: Path, found: set[str], expected: set[str] | None) -> None:
