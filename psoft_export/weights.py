@@ -38,8 +38,7 @@ class TargetWeight:
 class BaseReader:
     """Reads the base of a plan, and hashes what of it is not hashed yet, on the way.
 
-    A weight's SHA-256 may be one that was kept; `sha256`, at the end, finds out if the file was
-    changed meanwhile. Use as a context manager.
+    Use as a context manager.
     """
 
     def __init__(self, plan: MergePlan, cache: BasisCache | None = None) -> None:
@@ -125,7 +124,8 @@ class BaseReader:
                 self._known[entry.file] = self._kept_hashes.get(digest) or {}
         sha256 = self._known.get(entry.file, {}).get(entry.name)
         if sha256 is not None:
-            return reader.values(entry), sha256
+            values = reader.values(entry)
+            return values, sha256 if reader.is_as_opened else tensor_sha256(values)
         values, sha256 = reader.tensor(entry)
         self._found.setdefault(entry.file, {})[entry.name] = sha256
         return values, sha256

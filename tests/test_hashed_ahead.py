@@ -18,6 +18,7 @@ from psoft_export.checkpoint import hashed_ahead
 from psoft_export.checkpoint.hashed_ahead import Identity, digest_ahead, identity, start_hashing
 from psoft_export.checkpoint.kept_json import KeptJson
 from psoft_export.checkpoint.reader import FileReader, file_sha256, open_checkpoint
+from psoft_export.checkpoint.safetensors_file import TensorEntry
 from psoft_export.errors import CheckpointError, MismatchError
 from tests import files
 
@@ -207,6 +208,25 @@ def test_kept_hashes_do_not_hide_another_base(
     files.edit_tensors(base / WEIGHTS, lambda t: {name: 2 * v for name, v in t.items()})
     assert known(base / WEIGHTS) is None
     ahead(base / WEIGHTS).digests.update(found.digests)
+    with pytest.raises(MismatchError, match="not the base"):
+        merge(base, adapter, tmp_path / "second")
+
+
+def test_a_weight_that_changes_as_it_is_read_is_not_the_kept_one(
+    base: Path, adapter: Path, tmp_path: Path, ahead: Ahead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead()
+    merge(base, adapter, tmp_path / "first")
+    ahead(base / WEIGHTS)
+    values = FileReader.values
+
+    def changed_values(reader: FileReader, entry: TensorEntry) -> torch.Tensor:
+        with (base / WEIGHTS).open("r+b") as handle:
+            handle.seek(entry.offset)
+            handle.write(b"\1\2")
+        return values(reader, entry)
+
+    monkeypatch.setattr(FileReader, "values", changed_values)
     with pytest.raises(MismatchError, match="not the base"):
         merge(base, adapter, tmp_path / "second")
 
