@@ -230,8 +230,10 @@ class FileReader:
             self._hashed = offset + len(buffer)
 
 
-def _unreadable(path: Path, cause: OSError) -> CheckpointError:
-    return CheckpointError(f"{path}: cannot be read ({cause.strerror})")
+def _unreadable(
+    path: Path, cause: OSError, error: type[PsoftExportError] = CheckpointError
+) -> PsoftExportError:
+    return error(f"{path}: cannot be read ({cause.strerror})")
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -250,7 +252,7 @@ def file_sha256(path: Path, error: type[PsoftExportError]) -> str:
             known = digest_ahead(file.fileno())
             return known or hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as cause:
-        raise error(f"{path}: cannot be read ({cause.strerror})") from cause
+        raise _unreadable(path, cause, error) from cause
 
 
 def typed(data: Tensor, dtype: str) -> Tensor:

@@ -184,8 +184,9 @@ class Deviation:
             if probes is not None:
                 after = tiles.image(made)
                 here = slice(start, start + len(rows))
-                if probes.agree(after - before, here, squares):
-                    self._delta += probes.squares(here)
+                delta_squares = probes.squares(here)
+                if probes.agree(after - before, here, squares, delta_squares):
+                    self._delta += delta_squares
                     return _Sum(made, (before, after), is_merged=True)
             written.copy_(round_to_nearest(made, written.dtype))
             exact = tiles.take("exact", rows)
@@ -279,7 +280,7 @@ class _Probes:
         """The sum of the squares of ΔW's entries in some rows, counted from the first."""
         return float(self._squares[rows].sum())
 
-    def agree(self, moved: Tensor, rows: slice, squares: float) -> bool:
+    def agree(self, moved: Tensor, rows: slice, squares: float, delta_squares: float) -> bool:
         """Whether some rows of a sum W + D move V as ΔW does, as far as rounding lets it be told.
 
         That of the products with V grows with what is multiplied, that of D and of ΔW with what
@@ -288,9 +289,10 @@ class _Probes:
         Args:
             moved: these rows of (W + D) V − W V.
             rows: which they are, counted from the first.
-            squares: the sum of the squares of W there.
+            squares: the sum of the squares of W there, and
+            delta_squares: of ΔW.
         """
-        products = (2 * math.sqrt(squares) + math.sqrt(self.squares(rows))) * self._norm
+        products = (2 * math.sqrt(squares) + math.sqrt(delta_squares)) * self._norm
         sums = self._doubt * _norm(self._reach[rows])
         return _norm(moved - self._image[rows]) <= DOUBLE * (products + sums)
 
