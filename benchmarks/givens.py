@@ -18,7 +18,8 @@ from psoft_export.algebra.givens import levels, transforms
 from psoft_export.algebra.parameters import GivensParameters
 from psoft_export.algebra.rounding import round_to_nearest
 from psoft_export.changes.givens import GivensTransform
-from psoft_export.verification.evaluation import measure, row_parts
+from psoft_export.verification.evaluation import measure
+from psoft_export.verification.tiles import row_parts
 
 _SHAPES = ((4096, 4096), (11008, 4096))
 

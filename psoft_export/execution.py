@@ -28,13 +28,14 @@ from psoft_export.errors import NonFiniteError, NotEquivalentError, OutputError
 from psoft_export.manifest import ModuleReport
 from psoft_export.pipeline import Progress, ProgressCallback, Target, TargetPipeline, damaged
 from psoft_export.plan import MergePlan, PlannedShard, PlannedTensor
-from psoft_export.verification.evaluation import Deviation, measure, row_parts
+from psoft_export.verification.evaluation import Deviation, measure
 from psoft_export.verification.figures import (
     GeometryFigures,
     GeometryLevel,
     WeightFigures,
     WeightsLevel,
 )
+from psoft_export.verification.tiles import row_parts
 from psoft_export.verification.weights import (
     examine_geometry,
     geometry_level,

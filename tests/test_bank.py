@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import psoft_export
 from psoft_export import AdapterBank, Combination, errors
 from psoft_export import bank as bank_module
-from psoft_export.verification.evaluation import unit_in_last_place
+from psoft_export.verification.tiles import unit_in_last_place
 from tests import files, machines, models
 from tests.conftest import BUNDLED, EXAMPLES
 from tests.test_combine import STRICT, adapter

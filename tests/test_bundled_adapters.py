@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import psoft_export
-from psoft_export.verification.evaluation import unit_in_last_place
+from psoft_export.verification.tiles import unit_in_last_place
 from tests import files, models
 from tests.conftest import BUNDLED, EXAMPLES
 from tests.machines import pretend, random_signs

@@ -15,13 +15,9 @@ from psoft_export.algebra.merged_weight import (
 )
 from psoft_export.algebra.rounding import all_finite, round_to_nearest
 from psoft_export.reference.expected import DeltaProduct, DeltaRows, Expected
-from psoft_export.verification import evaluation
-from psoft_export.verification.evaluation import (
-    Deviation,
-    measure,
-    row_parts,
-    unit_in_last_place,
-)
+from psoft_export.verification import evaluation, tiles
+from psoft_export.verification.evaluation import Deviation, measure
+from psoft_export.verification.tiles import PROBED, row_parts, unit_in_last_place
 
 ROWS, COLUMNS, RANK = 700, 900, 24
 
@@ -67,7 +63,7 @@ def test_figures_are_those_of_the_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight, left, right = factors
-    monkeypatch.setattr(evaluation, "_TILE_BYTES", 90_000)  # many tiles, the last one short
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 90_000)  # many tiles, the last one short
     before = weight.clone()
     of, made = expected(left, right, whole=whole), added_product(left, right)
     delta = left @ right
@@ -89,7 +85,7 @@ def test_figures_are_those_of_the_result(
     assert deviation.relative_rounding == pytest.approx(norm / size, rel=1e-5)
     assert deviation.relative_error == pytest.approx(norm / float(exact.norm()), rel=1e-5)
     assert deviation.relative_delta == pytest.approx(size / base, rel=1e-12)
-    assert deviation.applied == pytest.approx(1, abs=4 * norm / size / evaluation._PROBED**0.5)
+    assert deviation.applied == pytest.approx(1, abs=4 * norm / size / PROBED**0.5)
 
 
 @pytest.mark.parametrize("times", [0, 0.5, 2])
@@ -124,7 +120,7 @@ def test_a_merge_that_goes_wrong_in_one_entry_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight, left, right = factors
-    monkeypatch.setattr(evaluation, "_TILE_BYTES", 90_000)
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 90_000)
     merged = torch.empty(weight.shape, dtype=dtype)
     wrong = Wrong(left, right, torch.tensor(at), 2 * torch.finfo(dtype).eps)
     deviation = measure(weight, merged, expected(left, right), merge=wrong)
@@ -170,7 +166,7 @@ def test_many_wrong_entries_are_judged_a_part_at_a_time(
     assert at_once.not_nearest > 0.9 * weight.numel() and at_once.largest_ulp > 100
     assert at_once.applied == pytest.approx(0, abs=1e-3)
     monkeypatch.setattr(evaluation, "_MOST_SUSPECTS", 1000)
-    monkeypatch.setattr(evaluation, "_TILE_BYTES", 90_000)
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 90_000)
     in_parts = measure(weight, weight.bfloat16(), of)
     assert in_parts.not_nearest == at_once.not_nearest
     assert in_parts.largest_ulp == at_once.largest_ulp
@@ -182,7 +178,7 @@ def test_parts_are_those_of_the_whole(
     count: int, factors: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, left, right = factors
-    monkeypatch.setattr(evaluation, "_TILE_BYTES", 200_000)
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 200_000)
     whole, deviation = merge(weight, left, right, torch.bfloat16)
     parts = row_parts(weight, count)
     assert 1 <= len(parts) <= count

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import psoft_export
-from psoft_export.verification.evaluation import unit_in_last_place
+from psoft_export.verification.tiles import unit_in_last_place
 from tests import models
 
 OPTIONS: dict[str, dict[str, Any]] = {

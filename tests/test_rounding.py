@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psoft_export.algebra.rounding import round_to_nearest
-from psoft_export.verification.evaluation import unit_in_last_place
+from psoft_export.verification.tiles import unit_in_last_place
 
 HALVES = [torch.float16, torch.bfloat16]
 

@@ -27,11 +27,8 @@ from psoft_export.errors import (
     UsageError,
 )
 from psoft_export.reference.rotation import expected_product, reference_rotation
-from psoft_export.verification.evaluation import (
-    Deviation,
-    measure,
-    unit_in_last_place,
-)
+from psoft_export.verification.evaluation import Deviation, measure
+from psoft_export.verification.tiles import unit_in_last_place
 from tests import files, models
 from tests.conftest import BUNDLED, EXAMPLES
 

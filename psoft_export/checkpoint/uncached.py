@@ -12,6 +12,8 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 # Of one system call through the cache. Larger ones took the kernel two to five times as long
 # (ext4, Linux).
 WRITE_BYTES = 128 * 2**10
@@ -40,7 +42,9 @@ class UncachedFile:
     def write(self, data: memoryview) -> int:
         """Take bytes, not always all; returns how many."""
         count = min(len(data), _BUFFER_BYTES - self._filled)
-        self._buffer[self._filled : self._filled + count] = data[:count]
+        # By NumPy, which lets go of Python's lock meanwhile.
+        taken = np.frombuffer(self._buffer, np.uint8, count, self._filled)
+        np.copyto(taken, np.frombuffer(data[:count], np.uint8))
         self._filled += count
         if self._filled == _BUFFER_BYTES:
             self._wait()

@@ -17,7 +17,7 @@ from psoft_export.basis.svd import Basis, BasisOptions, basis_values, make_basis
 from psoft_export.cache import BasisCache
 from psoft_export.plan import MergePlan
 from psoft_export.recovery.readings import Decompose, own_reading, read_signs
-from psoft_export.verification.evaluation import unit_in_last_place
+from psoft_export.verification.tiles import unit_in_last_place
 from psoft_export.weights import BaseReader, TargetWeight
 
 
