@@ -1,6 +1,7 @@
 """Runs one program and measures it from outside: time, memory, bytes moved. Linux only."""
 
 import os
+import select
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_POLL_SECONDS = 0.05
+_POLL_MILLISECONDS = 50
 _LOG_TAIL = 2000
 
 
@@ -49,14 +50,16 @@ def run_measured(command: Sequence[str | Path], environment: Mapping[str, str], 
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
         anonymous = resident = 0
-        # Not reaped yet, so that its counters can still be read when it has ended.
-        while not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+        ended = select.poll()
+        ended.register(handle := os.pidfd_open(child.pid), select.POLLIN)
+        while not ended.poll(_POLL_MILLISECONDS):
             in_memory = [_fields(pid, "status") for pid in _tree(child.pid)]
             private = sum(fields.get("RssAnon", 0) for fields in in_memory) * 1024
             mapped = max((fields.get("RssFile", 0) for fields in in_memory), default=0) * 1024
             anonymous, resident = max(anonymous, private), max(resident, private + mapped)
-            time.sleep(_POLL_SECONDS)
         seconds = time.monotonic() - start
+        os.close(handle)
+        # Not reaped yet, so that its counters can still be read.
         moved = _fields(child.pid, "io")
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)

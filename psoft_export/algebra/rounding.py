@@ -54,5 +54,8 @@ def all_finite(values: Tensor) -> bool:
         return True
     if values.dtype.itemsize == 1:  # float8 has no comparisons
         values = values.to(torch.float32)
-    # Both extremes are NaN where any entry is; an order of magnitude faster than isfinite().all().
+    if bool(values.sum().isfinite()):  # so all terms are; twice as fast as the extremes
+        return True
+    # Or the sum is beyond the dtype's numbers. Both extremes are NaN where any entry is; an order
+    # of magnitude faster than isfinite().all().
     return bool(torch.isfinite(torch.stack(values.aminmax())).all())
