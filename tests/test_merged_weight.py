@@ -157,6 +157,44 @@ def test_what_rounding_does_to_the_probes_is_no_reason_to_evaluate_all(
                 assert torch.equal(merged, (weight.double() + size * left @ right).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_results_out_of_the_usual_are_compared_as_given_ones_are(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of squares that float32 cannot hold: of nothing, next to nothing, and too much."""
+    evaluated: list[slice] = []
+    add_to = DeltaProduct.add_to
+
+    def noted(delta: DeltaProduct, weight: Tensor, rows: slice) -> float:
+        evaluated.append(rows)
+        return add_to(delta, weight, rows)
+
+    monkeypatch.setattr(DeltaProduct, "add_to", noted)
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 90_000)
+    left, right = torch.randn(300, 4).double(), torch.randn(4, 60).double()
+    largest = 1e30 if dtype == torch.bfloat16 else 1e3
+    for scale, size, is_usual in ((1.0, 1.0, True), (1.0, 0.0, False), (largest, 1.0, False)):
+        evaluated.clear()
+        weight = (scale * torch.randn(300, 60)).to(dtype)
+        merged, deviation = merge(weight, size * left, right, dtype)
+        exact = weight.double() + size * left @ right
+        assert torch.equal(merged, round_to_nearest(exact, dtype))
+        assert deviation.not_nearest == 0 and deviation.finite
+        error = float((merged.double() - exact).norm() / exact.norm())
+        assert deviation.relative_error == pytest.approx(error, rel=1e-5)
+        assert (not evaluated) == (is_usual or (scale, dtype) == (1e3, torch.float16))
+
+
+def test_a_merge_that_takes_other_memory_is_right(factors: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, left, right = factors
+    made, merged = added_product(left, right), torch.empty(weight.shape, dtype=torch.bfloat16)
+    deviation = measure(
+        weight, merged, expected(left, right), merge=lambda exact, rows: made(exact.clone(), rows)
+    )
+    assert torch.equal(merged, round_to_nearest(weight.double() + left @ right, merged.dtype))
+    assert deviation.not_nearest == 0
+
+
 def test_many_wrong_entries_are_judged_a_part_at_a_time(
     factors: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +315,8 @@ def test_a_single_bad_entry_is_found(dtype: torch.dtype) -> None:
     if dtype != torch.float8_e4m3fn:  # which has no infinity
         values[7] = float("-inf")
         assert not all_finite(values)
+    if dtype == torch.float16:
+        assert all_finite(torch.full((1000,), 6e4, dtype=dtype)), "the sum is beyond its numbers"
     assert all_finite(torch.empty(0)) and all_finite(torch.tensor([1, 2]))
 
 

@@ -13,6 +13,10 @@ from psoft_export.checkpoint.dtypes import TORCH_DTYPES
 from psoft_export.checkpoint.uncached import WRITE_BYTES, UncachedFile
 from psoft_export.checkpoint.written_hash import WrittenHash
 
+# Taken and hashed at a time on the way past the cache: within a core's own cache, and seldom
+# enough that threads do not keep asking for Python's lock.
+_HASHED_BYTES = 512 * 2**10
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -86,6 +90,7 @@ class ShardWriter:
         self._written = 0
         self._digest = digest
         self._file = path.open("xb", buffering=0) if cached else UncachedFile(path)
+        self._piece_bytes = WRITE_BYTES if cached else _HASHED_BYTES
         self._write(memoryview(start))
 
     @property
@@ -134,7 +139,7 @@ class ShardWriter:
 
     def _write(self, data: memoryview) -> None:
         while data:
-            count = self._file.write(data[:WRITE_BYTES])
+            count = self._file.write(data[: self._piece_bytes])
             if self._digest is not None:
                 self._digest.update(data[:count])
             self._written += count
