@@ -128,6 +128,18 @@ def test_a_merge_that_goes_wrong_in_one_entry_is_found(
     assert deviation.finite and deviation.applied == pytest.approx(1, abs=1e-3)
 
 
+def test_a_wrong_entry_is_found_beside_rows_that_are_much_larger(
+    factors: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What rounding may do to the large rows would hide it, were they judged together."""
+    weight, left, right = factors
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 90_000)
+    weight[:350] *= 1e8
+    merged = torch.empty(weight.shape, dtype=torch.float32)
+    wrong = Wrong(left, right, torch.tensor([[690, 7]]), 2 * torch.finfo(torch.float32).eps)
+    assert measure(weight, merged, expected(left, right), merge=wrong).not_nearest == 1
+
+
 def test_a_merge_of_another_change_is_found(factors: tuple[Tensor, Tensor, Tensor]) -> None:
     weight, left, right = factors
     merged = torch.empty(weight.shape, dtype=torch.bfloat16)

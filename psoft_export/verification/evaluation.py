@@ -14,7 +14,7 @@ from psoft_export.algebra.rounding import round_to_nearest
 from psoft_export.reference.expected import DeltaProduct, Expected
 from psoft_export.verification.tiles import (
     Images,
-    SquareSum,
+    SquareSums,
     Tile,
     Tiles,
     dot,
@@ -164,28 +164,29 @@ class Deviation:
         if of is None or not isinstance(of.delta, DeltaProduct) or not len(merged):
             return False
         tiles, suspects, largest = Tiles(weight, merged), _Suspects(), 0.0
-        images, weights, sums, errors = Images(tiles), SquareSum(), SquareSum(), SquareSum()
+        images = Images(tiles)
+        weights, exacts, errors = SquareSums(), SquareSums(), SquareSums()
         for tile in tiles:
             weights.add(tile.flat_exact)
             images.see_weight(tile)
             tile.become(merge(tile.exact, self._which(tile)))
             images.see_sum(tile)
             tile.narrow_exact()
-            sums.add(tile.flat_at)
+            exacts.add(tile.flat_at)
             tile.given.copy_(tile.at)  # right but for what is beside ties, which is found below
             tile.widen_given()
             images.see_given(tile)
-            found, error, farthest = tile.compare()
+            beside, error, farthest = tile.compare()
             errors.add(error)
             largest = max(largest, farthest)
-            suspects.take(tile, found)
-        totals = [total for part in (weights, sums, errors) if (total := part.total()) is not None]
-        delta_squares = float(of.delta.squares(of.rows(self._rows, len(merged))).sum())
-        if len(totals) < 3 or not self._agree(of, of.delta, images, totals[0], delta_squares):
+            suspects.take(tile, beside)
+        found = [part for sums in (weights, exacts, errors) if (part := sums.all()) is not None]
+        changes = of.delta.squares(of.rows(self._rows, len(merged)))
+        if len(found) < 3 or not self._agree(of, of.delta, tiles, images, found[0], changes):
             return False
-        for name, total in zip(("_weight", "_exact", "_error"), totals, strict=True):
-            setattr(self, name, getattr(self, name) + total)
-        self._delta += delta_squares
+        self._delta += float(changes.sum())
+        for name, part in zip(("_weight", "_exact", "_error"), found, strict=True):
+            setattr(self, name, getattr(self, name) + float(part.sum()))
         self.largest_ulp = max(self.largest_ulp, largest)
         if suspects.count:
             row, column, exact = suspects.all(merged.shape[1])
@@ -196,31 +197,40 @@ class Deviation:
         return True
 
     def _agree(
-        self, of: Expected, delta: DeltaProduct, images: Images, weight: float, change: float
+        self,
+        of: Expected,
+        delta: DeltaProduct,
+        tiles: Tiles,
+        images: Images,
+        weights: Tensor,
+        changes: Tensor,
     ) -> bool:
         """Whether the sums move the probes as ΔW does, as far as rounding lets it be told.
 
         That of the products with V grows with what is multiplied, that of the sums and of ΔW with
         what their entries are summed up from. Together it came to a fifth of what is allowed, at
-        most.
+        most. Each tile is judged by itself, since what is allowed to many rows could hide a wrong
+        entry of one.
 
         Args:
             of: what is known of ΔW, and
             delta: ΔW itself.
+            tiles: the tiles, and
             images: what the probes V are mapped to.
-            weight: the sum of the squares of W, and
-            change: of ΔW.
+            weights: the sum of the squares of W in each tile, float64.
+            changes: that of ΔW in each row, float64.
         """
-        first, count = self._rows, len(images.before)
-        products = (2 * math.sqrt(weight) + math.sqrt(change)) * _norm(images.probes)
-        reach = _norm(of.reach_left[first : first + count]) * _norm(of.reach_right)
-        allowed = DOUBLE * (products + math.sqrt(of.terms) * of.condition * reach)
-        expected = delta.image(images.probes, of.rows(first, count))
-        return _norm(images.after - images.before - expected) <= allowed
+        which = of.rows(self._rows, tiles.count)
+        wrong = images.after - images.before - delta.image(tiles.probes, which)
+        reach = tiles.sums(of.reach_left[self._rows : self._rows + tiles.count].square()).sqrt()
+        products = 2 * weights.sqrt() + tiles.sums(changes).sqrt()
+        allowed = _norm(tiles.probes) * products
+        allowed += math.sqrt(of.terms) * of.condition * _norm(of.reach_right) * reach
+        return bool((tiles.sums(wrong.square().sum(1)).sqrt() <= DOUBLE * allowed).all())
 
     def _account_for(self, images: Images) -> None:
         """Account for how far along ΔW the probes are moved."""
-        moved, count = images.after - images.before, images.probes.shape[1]
+        moved, count = images.after - images.before, images.before.shape[1]
         self._along += dot(images.given.double() - images.before, moved) / count
         self._moved += dot(moved, moved) / count
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from psoft_export.algebra.few import entries_reaching
 
@@ -138,6 +139,11 @@ class Tiles:
         probes = torch.randn(columns, count, generator=drawn, dtype=torch.float64)
         self.probes = probes.to(weight.device)
 
+    def sums(self, rows: Tensor) -> Tensor:
+        """The sums over each tile's rows of one number for each row."""
+        tiles = -(-self.count // self.rows)
+        return pad(rows, (0, tiles * self.rows - self.count)).view(tiles, self.rows).sum(1)
+
     def __iter__(self) -> Iterator[Tile]:
         """Each tile in turn, with rows of W in `exact`; the next takes the memory of the last."""
         if not self.count:
@@ -157,7 +163,6 @@ class Images:
     """What the probes V of `Tiles` are mapped to, tile by tile.
 
     Attributes:
-        probes: V.
         before: W V, out × k, float64.
         after: (W + ΔW) V, the same.
         given: the output times V, in the dtype that it is compared in.
@@ -165,7 +170,7 @@ class Images:
 
     def __init__(self, tiles: Tiles) -> None:
         """Take room for all tiles."""
-        self.probes = tiles.probes
+        self._probes = tiles.probes
         self._narrow_probes = tiles.probes.to(tiles.work)
         shape = (tiles.count, tiles.probes.shape[1])
         self.before, self.after = (tiles.probes.new_empty(shape) for _ in range(2))
@@ -175,33 +180,37 @@ class Images:
 
     def see_weight(self, tile: Tile) -> None:
         """Map W's rows, which `exact` holds."""
-        torch.mm(tile.exact, self.probes, out=self._before[tile.number])
+        torch.mm(tile.exact, self._probes, out=self._before[tile.number])
 
     def see_sum(self, tile: Tile) -> None:
         """Map the rows of W + ΔW, which `exact` holds by then."""
-        torch.mm(tile.exact, self.probes, out=self._after[tile.number])
+        torch.mm(tile.exact, self._probes, out=self._after[tile.number])
 
     def see_given(self, tile: Tile) -> None:
         """Map `numbers`."""
         torch.mm(tile.numbers, self._narrow_probes, out=self._given[tile.number])
 
 
-class SquareSum:
-    """A sum of squares, tile by tile, read once at the end."""
+class SquareSums:
+    """Sums of squares of one thing, tile by tile, read once at the end."""
 
     def __init__(self) -> None:
+        """Start with no tile."""
         self._parts: list[Tensor] = []
 
     def add(self, values: Tensor) -> None:
-        """Add the squares of all entries of a flat tensor, as its dtype sums them up."""
+        """Take all entries of a tile as a flat tensor, as its dtype sums up their squares."""
         self._parts.append(torch.dot(values, values))
 
-    def total(self) -> float | None:
-        """The sum; None where the dtype could not hold a part of it, or next to nothing."""
-        parts = torch.stack(self._parts)
-        least = _LEAST_SQUARES if parts.dtype == torch.float32 else -1.0
-        usual = bool(((parts > least) & parts.isfinite()).all())
-        return float(parts.double().sum()) if usual else None
+    def all(self) -> Tensor | None:
+        """The sum of each tile, float64; None where the dtype could not hold one of them.
+
+        That is where one is infinite, or next to nothing in float32.
+        """
+        sums = torch.stack(self._parts)
+        least = _LEAST_SQUARES if sums.dtype == torch.float32 else -1.0
+        usual = bool(((sums > least) & sums.isfinite()).all())
+        return sums.double() if usual else None
 
 
 def row_parts(weight: Tensor, count: int) -> list[slice]:
