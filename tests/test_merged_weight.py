@@ -169,32 +169,59 @@ def test_what_rounding_does_to_the_probes_is_no_reason_to_evaluate_all(
                 assert torch.equal(merged, (weight.double() + size * left @ right).float())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_narrow_results_out_of_the_usual_are_compared_as_given_ones_are(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Sums of squares that float32 cannot hold: of nothing, next to nothing, and too much."""
-    evaluated: list[slice] = []
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[slice]:
+    """The rows of which the whole of ΔW was evaluated."""
+    seen: list[slice] = []
     add_to = DeltaProduct.add_to
 
     def noted(delta: DeltaProduct, weight: Tensor, rows: slice) -> float:
-        evaluated.append(rows)
+        seen.append(rows)
         return add_to(delta, weight, rows)
 
     monkeypatch.setattr(DeltaProduct, "add_to", noted)
     monkeypatch.setattr(tiles, "_TILE_BYTES", 90_000)
-    left, right = torch.randn(300, 4).double(), torch.randn(4, 60).double()
-    largest = 1e30 if dtype == torch.bfloat16 else 1e3
-    for scale, size, is_usual in ((1.0, 1.0, True), (1.0, 0.0, False), (largest, 1.0, False)):
-        evaluated.clear()
-        weight = (scale * torch.randn(300, 60)).to(dtype)
-        merged, deviation = merge(weight, size * left, right, dtype)
-        exact = weight.double() + size * left @ right
-        assert torch.equal(merged, round_to_nearest(exact, dtype))
-        assert deviation.not_nearest == 0 and deviation.finite
-        error = float((merged.double() - exact).norm() / exact.norm())
-        assert deviation.relative_error == pytest.approx(error, rel=1e-5)
-        assert (not evaluated) == (is_usual or (scale, dtype) == (1e3, torch.float16))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "size", "is_usual"),
+    [
+        (torch.bfloat16, 1.0, 1.0, True),
+        (torch.bfloat16, 1.0, 0.0, False),
+        (torch.bfloat16, 1e-20, 1e-20, False),
+        (torch.bfloat16, 1e30, 1.0, False),
+        (torch.float16, 1e3, 1.0, True),
+        (torch.float16, 1.0, 0.0, False),
+    ],
+)
+def test_sums_of_squares_that_float32_cannot_hold_are_taken_otherwise(
+    dtype: torch.dtype, scale: float, size: float, is_usual: bool, evaluated: list[slice]
+) -> None:
+    left, right = size * torch.randn(300, 4).double(), torch.randn(4, 60).double()
+    weight = (scale * torch.randn(300, 60)).to(dtype)
+    merged, deviation = merge(weight, left, right, dtype)
+    exact = weight.double() + left @ right
+    assert torch.equal(merged, round_to_nearest(exact, dtype))
+    assert deviation.not_nearest == 0 and deviation.finite
+    error = float((merged.double() - exact).norm() / exact.norm())
+    assert deviation.relative_error == pytest.approx(error, rel=1e-5)
+    assert (not evaluated) == is_usual
+
+
+@pytest.mark.parametrize("most", [50, 10_000])
+def test_a_merge_with_many_ties_is_judged_a_part_at_a_time(
+    most: int, evaluated: list[slice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers of float16 have three bits more than bfloat16's, so an eighth of them are ties."""
+    monkeypatch.setattr(evaluation, "_MOST_SUSPECTS", most)
+    left, right = 0.1 * torch.randn(300, 4).double(), torch.randn(4, 60).double()
+    left[::2] = 0
+    weight = torch.randn(300, 60).half()
+    merged, deviation = merge(weight, left, right, torch.bfloat16)
+    assert torch.equal(merged, round_to_nearest(weight.double() + left @ right, merged.dtype))
+    assert deviation.not_nearest == 0 and deviation.largest_ulp == 0.5
+    assert bool(evaluated) == (most == 50)
 
 
 def test_a_merge_that_takes_other_memory_is_right(factors: tuple[Tensor, Tensor, Tensor]) -> None:

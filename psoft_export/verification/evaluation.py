@@ -158,7 +158,7 @@ class Deviation:
 
         Returns:
             Whether all is done. If not, nothing is accounted for: ΔW is no product, the sums are
-            not right, or there is something unusual, such as infinities.
+            not right, or there is something unusual, such as infinities or very many ties.
         """
         of = self._expected
         if of is None or not isinstance(of.delta, DeltaProduct) or not len(merged):
@@ -176,17 +176,22 @@ class Deviation:
             tile.given.copy_(tile.at)  # right but for what is beside ties, which is found below
             tile.widen_given()
             images.see_given(tile)
-            beside, error, farthest = tile.compare()
+            found, error, farthest = tile.compare()
             errors.add(error)
             largest = max(largest, farthest)
-            suspects.take(tile, beside)
-        found = [part for sums in (weights, exacts, errors) if (part := sums.all()) is not None]
-        changes = of.delta.squares(of.rows(self._rows, len(merged)))
-        if len(found) < 3 or not self._agree(of, of.delta, tiles, images, found[0], changes):
+            suspects.take(tile, found)
+            if suspects.count > _MOST_SUSPECTS:
+                return False
+        weight_squares, exact_squares, error_squares = weights.all(), exacts.all(), errors.all()
+        if weight_squares is None or exact_squares is None or error_squares is None:
             return False
+        changes = of.delta.squares(of.rows(self._rows, len(merged)))
+        if not self._agree(of, of.delta, tiles, images, weight_squares, changes):
+            return False
+        self._weight += float(weight_squares.sum())
+        self._exact += float(exact_squares.sum())
+        self._error += float(error_squares.sum())
         self._delta += float(changes.sum())
-        for name, part in zip(("_weight", "_exact", "_error"), found, strict=True):
-            setattr(self, name, getattr(self, name) + float(part.sum()))
         self.largest_ulp = max(self.largest_ulp, largest)
         if suspects.count:
             row, column, exact = suspects.all(merged.shape[1])

@@ -53,8 +53,11 @@ class Tile:
         self.number = self.start = 0
         self._dtype = dtype
         self._is_narrow = work != torch.float64
-        dtypes = {"exact": torch.float64, "numbers": work, "steps": torch.int32}
-        dtypes |= {"marks": torch.bool} | ({"at": work} if self._is_narrow else {})
+        dtypes = {"exact": torch.float64, "numbers": work, "marks": torch.bool}
+        if self._is_narrow:
+            dtypes["at"] = work
+        if dtype == torch.bfloat16:
+            dtypes["steps"] = torch.int32
         count = rows * self._columns
         self._memory = {n: torch.empty(count, dtype=d, device=device) for n, d in dtypes.items()}
         self.keep(rows)
@@ -67,10 +70,11 @@ class Tile:
         self.flat_exact = flat["exact"]
         self.flat_at = flat["at"] if self._is_narrow else self.flat_exact
         self.exact, self.at = self.flat_exact.view(shape), self.flat_at.view(shape)
-        self._error, self._marks, self._steps = flat["numbers"], flat["marks"], flat["steps"]
+        self._error, self._marks = flat["numbers"], flat["marks"]
         self.numbers = self._error.view(shape)
-        self._sizes = self._steps.view(torch.uint32)
         if self._dtype == torch.bfloat16:
+            self._steps = flat["steps"]
+            self._sizes = self._steps.view(torch.uint32)
             self._bits, self._at_bits = (t.view(torch.int32) for t in (self._error, self.flat_at))
 
     def become(self, made: Tensor) -> None:
